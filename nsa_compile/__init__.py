@@ -1,0 +1,43 @@
+"""Native Sparse Attention (arXiv 2502.11089) for people who write torch.compile(model)."""
+
+from nsa_compile.config import NSAConfig
+from nsa_compile.custom_ops.block_choice import select_blocks
+from nsa_compile.custom_ops.compression import compress_mean, compressed_attention
+from nsa_compile.custom_ops.gating import gated_sum
+from nsa_compile.custom_ops.nsa import nsa_attention
+from nsa_compile.custom_ops.selection import selected_attention
+from nsa_compile.custom_ops.window import window_attention
+from nsa_compile.graphs.cache import NSACache
+from nsa_compile.model import LlamaBlockNSA, NSALanguageModel
+from nsa_compile.module import GateMLP, NSAAttention
+from nsa_compile.ops.gating import GateStatistics, gate_statistics
+from nsa_compile.ops.layout import num_cmp
+from nsa_compile.ops.rope import apply_rope
+from nsa_compile.ops.selection import RangeStatistics, TokenReads, range_statistics, selection_ranges, token_reads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GateMLP",
+    "GateStatistics",
+    "LlamaBlockNSA",
+    "NSAAttention",
+    "NSACache",
+    "NSAConfig",
+    "NSALanguageModel",
+    "RangeStatistics",
+    "TokenReads",
+    "apply_rope",
+    "compress_mean",
+    "compressed_attention",
+    "gate_statistics",
+    "gated_sum",
+    "nsa_attention",
+    "num_cmp",
+    "range_statistics",
+    "select_blocks",
+    "selected_attention",
+    "selection_ranges",
+    "token_reads",
+    "window_attention",
+]

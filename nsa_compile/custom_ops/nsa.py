@@ -1,0 +1,52 @@
+"""`nsa_attention` made of the ops of this package."""
+
+from functools import partial
+
+from torch import Tensor
+
+from nsa_compile.custom_ops.block_choice import select_blocks
+from nsa_compile.custom_ops.compression import compressed_attention
+from nsa_compile.custom_ops.gating import gated_sum
+from nsa_compile.custom_ops.selection import selected_attention
+from nsa_compile.custom_ops.window import window_attention
+from nsa_compile.ops import nsa as reference
+from nsa_compile.ops.nsa import Branches
+
+
+def op_branches(impl: str) -> Branches:
+    """The branch functions as ops, with one choice of implementation."""
+    functions = (compressed_attention, select_blocks, selected_attention, window_attention, gated_sum)
+    return Branches(*(partial(f, impl=impl) for f in functions))
+
+
+def nsa_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, *,
+    l: int, d: int, l_sel: int, n_sel: int, w: int, init_blocks: int = 1, local_blocks: int = 2,
+    q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Native Sparse Attention: compression, selection and sliding window, mixed by gates (Eq. 5, Figure 2).
+
+    Args:
+        q: [b, t, n_heads, d_k] float; query head n belongs to group n // (n_heads // g).
+        k_cmp, v_cmp: [b, c, g, d_k], [b, c, g, d_v] compressed tokens, as `compress_mean` gives them.
+        k_slc, v_slc, k_win, v_win: [b, s, g, d_k] or d_v; s = t unless `q_start` is given.
+        gates: [b, t, n_heads, 3] in the order cmp, slc, win.
+        l, d, l_sel: length and stride of a compression block, length of a selection block, in tokens; d divides l and
+            l_sel, l <= l_sel.
+        n_sel: blocks selected per query, the first `init_blocks` (>= 0) and last `local_blocks` (>= 1) included.
+        w: window length in tokens, the query's own counted.
+        q_start: int32 [b] on the device, position of each row's first query; keys may then be longer buffers, of which
+            nothing after a row's last query is read into a result.
+        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; tokens after the last one get 0.
+        scale: factor on q·k, default d_k ** -0.5.
+        impl: "auto", "reference", "triton" or "flash", for every branch.
+
+    Returns: o [b, t, n_heads, d_v] in the type of q, differentiable in every float argument.
+
+    Raises: ValueError or TypeError naming the argument, what was expected and what came.
+    """
+    return reference.nsa_attention(
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, branches=op_branches(impl), l=l, d=d, l_sel=l_sel,
+        n_sel=n_sel, w=w, init_blocks=init_blocks, local_blocks=local_blocks,
+        q_start=q_start, cu_seqlens=cu_seqlens, scale=scale,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Static caches, and prefill and decode steps over them."""

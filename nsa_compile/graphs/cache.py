@@ -1,0 +1,188 @@
+"""NSACache: what the layers of a model remember, in static buffers with positions on the device."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerCache:
+    """The buffers of one attention layer, each [batch, length, n_kv_groups, channels].
+
+    A buffer shorter than the capacity is a ring: token p lies at index p % length. `positions` int32 [batch] counts the
+    tokens each row has appended, which is also the position of its next token. Nothing in a buffer needs clearing: what
+    lies at or after a row's position is never read into a result.
+
+    `nominal_reads` int64 [batch, 4] and `actual_reads` int64 [batch, n_kv_groups, 4] are the tokens that each row's
+    last query read, as (cmp, slc, win, total); 0 for a row that was idle in the last call.
+    """
+
+    def __init__(
+        self, layout: dict[str, tuple[int, int]], g: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = capacity
+        self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.nominal_reads = torch.zeros(batch, 4, dtype=torch.int64, device=device)
+        self.actual_reads = torch.zeros(batch, g, 4, dtype=torch.int64, device=device)
+        self.buffers = {
+            name: torch.zeros(batch, length, g, channels, dtype=dtype, device=device)
+            for name, (length, channels) in layout.items()
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the layer."""
+        return [self.positions, self.nominal_reads, self.actual_reads, *self.buffers.values()]
+
+    def check_room(self, new: Tensor, count: Tensor | None) -> None:
+        """Raise ValueError if `new` [b, t, ...] does not fit the cache, as far as the host can see."""
+        b, t = new.shape[:2]
+        like = self.positions.new_empty(0, dtype=next(iter(self.buffers.values())).dtype)
+        if new.requires_grad:
+            raise ValueError("cache: expected a call without gradients (torch.no_grad or inference_mode), got one with")
+        if b != self.positions.shape[0]:
+            raise ValueError(f"cache: expected a batch of {self.positions.shape[0]}, got {b}")
+        if new.dtype != like.dtype or new.device != like.device:
+            raise ValueError(f"cache: expected keys in {like.dtype} on {like.device}, got {new.dtype} on {new.device}")
+        if t > self.capacity:
+            raise ValueError(f"cache: expected at most {self.capacity} tokens (its capacity), got {t}")
+        if type(self.positions) is Tensor and new.device.type == "cpu" and not torch.compiler.is_compiling():
+            end = int((self.positions + (t if count is None else count)).max())
+            if end > self.capacity:
+                raise ValueError(f"cache: expected at most {self.capacity} tokens (its capacity), got {end}")
+
+    def recall(self, name: str, new: Tensor, first: Tensor, length: int) -> Tensor:
+        """Tokens `first … first + length - 1` of each row, from the buffer and the tokens `new` about to be appended.
+
+        new [b, t, g, *], first int [b] → [b, length, g, *]. Tokens beyond the new ones are arbitrary finite values.
+        """
+        buffer, start = self.buffers[name], self.positions[:, None]
+        token = first[:, None] + torch.arange(length, device=new.device)
+        row = torch.arange(new.shape[0], device=new.device)[:, None]
+        old = buffer[row, token % buffer.shape[1]]
+        fresh = new[row, (token - start).clamp(0, new.shape[1] - 1)]
+        return torch.where((token < start)[..., None, None], old, fresh)
+
+    def append(self, name: str, new: Tensor, count: Tensor | None) -> None:
+        """Write the first `count` int32 [b] (default all) of the tokens `new` [b, t, g, *] at the rows' positions."""
+        buffer, t = self.buffers[name], new.shape[1]
+        length = buffer.shape[1]
+        # Of a ring only its last tokens matter. One token, or all the ring: two shapes, however long the new part is.
+        written = t if t == 1 or length >= self.capacity else length
+        ends = torch.full_like(self.positions, t) if count is None else count
+        offset = torch.arange(written, device=new.device) + (0 if written == t else ends[:, None] - written)
+        row = torch.arange(new.shape[0], device=new.device)[:, None]
+        fresh = new[row, offset.clamp(0, t - 1)]
+        self.write(name, self.positions[:, None] + offset, fresh, (offset >= 0) & (offset < ends[:, None]))
+
+    def write(self, name: str, index: Tensor, new: Tensor, keep: Tensor) -> None:
+        """Write `new` [b, n, g, *] at `index` [b, n], modulo the length, where `keep` [b, n]; consecutive, n <= length.
+
+        The other slots are written with what they held, so that no row writes outside its own memory.
+        """
+        buffer = self.buffers[name]
+        if buffer.shape[1] >= self.capacity:
+            keep = keep & (index < buffer.shape[1])
+        row = torch.arange(new.shape[0], device=new.device)[:, None]
+        slot = index % buffer.shape[1]
+        buffer.index_put_((row, slot), torch.where(keep[..., None, None], new, buffer[row, slot]))
+
+    def advance(self, t: int, count: Tensor | None, nominal: Tensor | None = None, actual: Tensor | None = None) -> None:
+        """Move on by `count` int32 [b] (default t) tokens and keep the reads [b, t, (g,) 4] of the last of them."""
+        ends = torch.full_like(self.positions, t) if count is None else count
+        last = (ends - 1).clamp(0, t - 1).long()
+        row = torch.arange(ends.shape[0], device=ends.device)
+        for buffer, reads in ((self.nominal_reads, nominal), (self.actual_reads, actual)):
+            if reads is not None:
+                idle = (ends == 0).view(-1, *(1,) * (buffer.ndim - 1))
+                buffer.copy_(reads[row, last].masked_fill(idle, 0))
+        self.positions.copy_((self.positions + ends).clamp_max(self.capacity))
+
+
+class NSACache:
+    """Static caches of all attention layers of a model, for `batch` rows of up to `capacity` tokens.
+
+    Prefill chunks and decode steps are the same call, `model(ids, cache=cache)`, and append in place; rows may differ
+    in length, and a row whose length in a call is 0 stays as it was. Calls go without gradients. Make one with
+    `NSACache.for_model`.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], layers: Sequence[LayerCache], batch: int, capacity: int) -> None:
+        self.modules, self.layers = tuple(modules), tuple(layers)
+        self.batch, self.capacity = batch, capacity
+        self.host_lengths = [0] * batch
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, batch: int, capacity: int, *,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> Self:  # fmt: skip
+        """A cache for every attention layer of `model`, in the order of `model.modules()`.
+
+        Args:
+            model: an `NSALanguageModel`, an `NSAAttention`, or any module that contains such layers (compiled or not).
+            batch: rows.
+            capacity: tokens per row, prompt and generated ones together.
+            dtype, device: of keys and values; default those of the model's first floating-point parameter.
+
+        Raises: ValueError for sizes below 1 or a model without attention layers.
+        """
+        for name, value in (("batch", batch), ("capacity", capacity)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        modules = [m for m in model.modules() if hasattr(m, "cache_layout")]
+        if not modules:
+            raise ValueError(f"model: expected a module with attention layers, got {type(model).__name__} without any")
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        dtype, device = dtype or parameter.dtype, torch.device(device or parameter.device)
+        with torch.inference_mode(False):
+            layers = [LayerCache(*m.cache_layout(capacity), batch, capacity, dtype, device) for m in modules]
+        cache = cls(modules, layers, batch, capacity)
+        for tensor in cache.tensors():
+            torch._dynamo.mark_static_address(tensor)
+        return cache
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of all layers."""
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
+
+    def layer(self, module: nn.Module) -> LayerCache:
+        """The cache of one attention layer. Raises ValueError for a layer of another model."""
+        for known, layer in zip(self.modules, self.layers, strict=True):
+            if known is module:
+                return layer
+        raise ValueError(f"cache: expected one made by NSACache.for_model for this {type(module).__name__}'s model")
+
+    @property
+    def positions(self) -> Tensor:
+        """Tokens in the cache, int32 [batch], on the device."""
+        return self.layers[0].positions
+
+    def nbytes(self) -> int:
+        """Memory of all buffers in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def reserve(self, counts: int | Sequence[int]) -> None:
+        """Count `counts` tokens (of every row, or per row) that the next call appends, on the host.
+
+        A look at the positions on the device would stop the host, so the loop that drives a model keeps this mirror.
+
+        Raises: ValueError before anything changes if a row would pass the capacity.
+        """
+        counts = [counts] * self.batch if isinstance(counts, int) else list(counts)
+        if len(counts) != self.batch or min(counts) < 0:
+            raise ValueError(f"counts: expected {self.batch} numbers of at least 0, got {counts}")
+        lengths = [length + count for length, count in zip(self.host_lengths, counts, strict=True)]
+        if max(lengths) > self.capacity:
+            row = lengths.index(max(lengths))
+            raise ValueError(
+                f"cache: expected at most {self.capacity} tokens (its capacity), "
+                f"got {self.host_lengths[row]} + {counts[row]} in row {row}"
+            )
+        self.host_lengths = lengths
+
+    def reset(self) -> None:
+        """Empty all rows."""
+        for layer in self.layers:
+            layer.positions.zero_()
+        self.host_lengths = [0] * self.batch

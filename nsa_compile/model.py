@@ -1,0 +1,228 @@
+"""LlamaBlockNSA and NSALanguageModel: a language model of Native Sparse Attention, or dense for comparison."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from einops import rearrange
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from nsa_compile.config import NSAConfig
+from nsa_compile.module import GateMLP, MLPCompressor, NSAAttention, check_layer_input, check_row_layout
+from nsa_compile.ops.checks import check_tensor
+from nsa_compile.ops.gating import GateStatistics, gate_statistics
+from nsa_compile.ops.layout import query_layout
+from nsa_compile.ops.rope import apply_rope
+
+if TYPE_CHECKING:
+    from nsa_compile.graphs.cache import NSACache
+
+NORM_EPS = 1e-6
+
+
+class DenseAttention(nn.Module):
+    """Causal grouped-query attention over the whole past, with the call of `NSAAttention`: the yardstick."""
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.W_Q = nn.Linear(c.dim, c.n_heads * c.d_k, bias=False)
+        self.W_K = nn.Linear(c.dim, c.n_kv_groups * c.d_k, bias=False)
+        self.W_V = nn.Linear(c.dim, c.n_kv_groups * c.d_v, bias=False)
+        self.out = nn.Linear(c.n_heads * c.d_v, c.dim, bias=False)
+
+    def cache_layout(self, capacity: int) -> tuple[dict[str, tuple[int, int]], int]:
+        """Buffers a cache of this layer has (name → length, channels), and the key/value heads."""
+        c = self.config
+        return {"k": (capacity, c.d_k), "v": (capacity, c.d_v)}, c.n_kv_groups
+
+    def forward(
+        self, x: Tensor, cache: "NSACache | None" = None, cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None, *, branch: None = None, attn_mask: None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `NSAAttention.forward`; `branch` must be None."""
+        c = self.config
+        t = check_layer_input(x, c.dim, cache, cu_seqlens, lengths, attn_mask)
+        if branch is not None:
+            raise ValueError(f"branch: expected None (dense attention has no branches), got {branch!r}")
+        layer = None if cache is None else cache.layer(self)
+        valid = None if lengths is None else torch.arange(t, device=x.device) < lengths[:, None]
+        if valid is not None:
+            x = torch.where(valid[..., None], x, 0.0)
+        q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
+        k = rearrange(self.W_K(x), "b t (g k) -> b t g k", k=c.d_k)
+        v = rearrange(self.W_V(x), "b t (g v) -> b t g v", v=c.d_v)
+        layout = query_layout(x, None if layer is None else layer.positions, cu_seqlens)
+        q, k = (apply_rope(y, layout.position, theta=c.rope_theta) for y in (q, k))
+        if layer is not None:
+            layer.check_room(k, lengths)
+            layer.append("k", k, lengths)
+            layer.append("v", v, lengths)
+            layer.advance(t, lengths)
+            k, v = layer.buffers["k"], layer.buffers["v"]
+        mask = None
+        if layer is not None or cu_seqlens is not None:
+            key = torch.arange(k.shape[1], device=x.device)
+            own = (layout.first + layout.position)[..., None]
+            mask = ((key >= layout.first[..., None]) & (key <= own)).unsqueeze(1)
+        q, k, v = (rearrange(y, "b t n x -> b n t x") for y in (q, k, v))
+        o = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        if cu_seqlens is not None:
+            o = torch.where(layout.valid[:, None, :, None], o, 0.0)
+        y = self.out(rearrange(o, "b n t v -> b t (n v)"))
+        return y if valid is None else torch.where(valid[..., None], y, 0.0)
+
+
+class MLP(nn.Module):
+    """Bias-free feed-forward layer: Linear(dim → 4 dim) → SiLU → Linear(4 dim → dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] → [..., dim]."""
+        return self.down(nn.functional.silu(self.up(x)))
+
+
+class LlamaBlockNSA(nn.Module):
+    """Transformer block: `x + NSA(RMSNorm(x))`, then `x + MLP(RMSNorm(x))`; RMSNorm's epsilon is 1e-6.
+
+    Arguments are those of `NSAAttention`, or `config=` alone, whose `attention` may be "dense".
+    """
+
+    def __init__(self, *args: int, config: NSAConfig | None = None, **kwargs) -> None:
+        super().__init__()
+        if config is not None and (args or kwargs):
+            raise TypeError("config: expected it alone, got other arguments beside it")
+        if config is not None and config.attention == "dense":
+            self.attn: nn.Module = DenseAttention(config)
+        else:
+            self.attn = NSAAttention(*args, **kwargs) if config is None else NSAAttention(**config.attention_arguments())
+        dim = self.attn.config.dim
+        self.norm_attn = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.norm_mlp = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.mlp = MLP(dim)
+
+    def forward(
+        self, x: Tensor, cache: "NSACache | None" = None, cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None, *, branch: str | None = None, attn_mask: None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [b, t, dim] → [b, t, dim]; arguments as in `NSAAttention.forward`."""
+        x = x + self.attn(self.norm_attn(x), cache, cu_seqlens, lengths, branch=branch, attn_mask=attn_mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class NSALanguageModel(nn.Module):
+    """Decoder-only language model: embedding, `n_layers` blocks, RMSNorm, head."""
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__()
+        if not isinstance(config, NSAConfig):
+            raise TypeError(f"config: expected an NSAConfig, got {type(config).__name__}")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(LlamaBlockNSA(config=config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of 0.02, less for the layers that write to the residual stream; gates and φ as they start."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                into_residual = name.endswith((".out", ".down"))
+                nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02)
+        for module in self.modules():
+            if isinstance(module, (GateMLP, MLPCompressor)):
+                module.reset_parameters()
+
+    def forward(
+        self, ids: Tensor, cache: "NSACache | None" = None, cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None, *, last_only: bool = False, branch: str | None = None, attn_mask: None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits of the next token.
+
+        Args:
+            ids: int64 or int32 [b, t] token ids.
+            cache, cu_seqlens, lengths, branch, attn_mask: as in `NSAAttention.forward`.
+            last_only: give the logits of each row's last token alone, [b, 1, vocab_size].
+
+        Returns: [b, t, vocab_size] in the type of the weights.
+
+        Raises: ValueError or TypeError naming the argument, before anything is written.
+        """
+        if check_tensor("ids", ids).dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or 0 in ids.shape:
+            raise ValueError(f"ids: expected integers [b, t] with b, t >= 1, got {ids.dtype} {tuple(ids.shape)}")
+        check_row_layout(ids, cache, cu_seqlens, lengths)
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, cache, cu_seqlens, lengths, branch=branch, attn_mask=attn_mask)
+        if last_only:
+            if cu_seqlens is not None:
+                raise ValueError("last_only: expected False together with cu_seqlens, got True")
+            last = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if lengths is None else lengths.long()
+            x = x[torch.arange(x.shape[0], device=x.device), (last - 1).clamp_min(0)].unsqueeze(1)
+        return self.head(self.norm(x))
+
+    def loss(self, ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of each next token within its own sequence, in nats, fp32 (fp64 for fp64 weights).
+
+        ids [b, t] with t >= 2; `cu_seqlens` and `lengths` as in `forward`. Compiles to one graph.
+        """
+        logits = self(ids, None, cu_seqlens, lengths)[:, :-1]
+        layout = query_layout(ids, None, cu_seqlens)
+        target = torch.where(layout.valid[:, 1:] & (layout.position[:, 1:] > 0), ids[:, 1:].long(), -100)
+        if lengths is not None:
+            target = torch.where(torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None], target, -100)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+        return total / (target >= 0).sum().clamp_min(1)
+
+    @torch.no_grad()
+    def gate_statistics(
+        self, ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
+    ) -> list[GateStatistics]:
+        """How each layer mixes its branches on a batch; see `gate_statistics`."""
+        valid = query_layout(ids, None, cu_seqlens).valid
+        if lengths is not None:
+            valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        gates: list[Tensor] = []
+        modules = [m for m in self.modules() if isinstance(m, GateMLP)]
+        hooks = [m.register_forward_hook(lambda module, args, output: gates.append(output)) for m in modules]
+        try:
+            self(ids, None, cu_seqlens, lengths)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [gate_statistics(g, valid) for g in gates]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a folder, made where missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save(folder / "config.json")
+        save_model(self, str(folder / "model.safetensors"))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Read what `save_pretrained` wrote.
+
+        Raises: ValueError for a folder without such a model, or weights that do not fit the config.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"folder: expected one with {name} as save_pretrained writes it, got {folder}")
+        model = cls(NSAConfig.load(folder / "config.json"))
+        try:
+            load_model(model, str(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"folder: expected weights that fit {folder / 'config.json'}, got {error}") from error
+        return model.to(device=device, dtype=dtype)

@@ -1,0 +1,297 @@
+"""NSAAttention: Native Sparse Attention as a layer, with its gate and its compressors."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from nsa_compile.config import NSAConfig
+from nsa_compile.custom_ops.compression import compress_mean
+from nsa_compile.custom_ops.nsa import op_branches
+from nsa_compile.ops.attend import compute_dtype
+from nsa_compile.ops.checks import check_cu_seqlens, check_lengths, check_tensor
+from nsa_compile.ops.compression import gather_blocks
+from nsa_compile.ops.layout import compressed_slots, num_cmp, num_cmp_at, query_layout
+from nsa_compile.ops.nsa import attend_branches
+from nsa_compile.ops.rope import apply_rope
+from nsa_compile.ops.selection import token_reads
+
+if TYPE_CHECKING:
+    from nsa_compile.graphs.cache import LayerCache, NSACache
+
+BRANCHES = ("cmp", "slc", "win")
+SPECULATIVE = 8
+"""Tokens that a step may append and take back: rings are this much longer, less the query's own token."""
+
+
+class GateMLP(nn.Module):
+    """Gates of the three branches (Eq. 5): [b, t, n_heads, 3] in the order cmp, slc, win.
+
+    `kind="softmax"`: mean of each group's queries, before RoPE, over its heads → Linear → SiLU → Linear → softmax over
+    the branches at a temperature; every gate starts as 1/3. `kind="sigmoid"` (the paper's): the hidden state
+    → Linear → SiLU → Linear → sigmoid, one gate per branch and query head; every gate starts as 1/2.
+    """
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__()
+        assert config.gate_hidden is not None
+        self.kind, self.temperature = config.gate, config.gate_temperature
+        self.n_heads, self.g = config.n_heads, config.n_kv_groups
+        inputs, outputs = (config.d_k, 3) if self.kind == "softmax" else (config.dim, 3 * config.n_heads)
+        self.fc1 = nn.Linear(inputs, config.gate_hidden)
+        self.fc2 = nn.Linear(config.gate_hidden, outputs)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero the last layer."""
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, x: Tensor, q: Tensor) -> Tensor:
+        """Gates for hidden states x [b, t, dim] and unrotated queries q [b, t, n_heads, d_k], in the type of x."""
+        softmax = self.kind == "softmax"
+        features = reduce(q, "b t (g h) k -> b t g k", "mean", g=self.g) if softmax else x
+        logits = self.fc2(nn.functional.silu(self.fc1(features)))
+        logits = logits.to(compute_dtype(logits))
+        if softmax:
+            gates = torch.softmax(logits / self.temperature, dim=-1)
+            gates = repeat(gates, "b t g c -> b t (g h) c", h=self.n_heads // self.g)
+        else:
+            gates = torch.sigmoid(rearrange(logits, "b t (n c) -> b t n c", c=3))
+        return gates.to(x.dtype)
+
+
+class MeanCompressor(nn.Module):
+    """φ as the mean of a block (`phi="avg"`)."""
+
+    def __init__(self, config: NSAConfig, channels: int) -> None:
+        super().__init__()
+        self.l, self.d, self.impl = config.l, config.d, config.impl
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x [b, s, g, channels] → [b, c, g, channels], c = num_cmp(s), packed s // d."""
+        return compress_mean(x, l=self.l, d=self.d, cu_seqlens=cu_seqlens, impl=self.impl)
+
+
+class MLPCompressor(MeanCompressor):
+    """Learnable φ (`phi="mlp"`): `mean + MLP(Conv1d(block + intra-block position encoding))`.
+
+    The convolution has kernel l and stride d; the MLP's last layer starts at zero, so that φ starts as the mean.
+    """
+
+    def __init__(self, config: NSAConfig, channels: int) -> None:
+        super().__init__(config, channels)
+        self.position = nn.Parameter(torch.empty(config.l, channels))
+        self.conv = nn.Conv1d(channels, channels, config.l, stride=config.d, bias=False)
+        self.fc1 = nn.Linear(channels, 2 * channels, bias=False)
+        self.fc2 = nn.Linear(2 * channels, channels, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small positions, a zero last layer."""
+        nn.init.normal_(self.position, std=0.02)
+        nn.init.zeros_(self.fc2.weight)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x [b, s, g, channels] → [b, c, g, channels], c = num_cmp(s), packed s // d."""
+        mean = super().forward(x, cu_seqlens)
+        if mean.shape[1] == 0:
+            return mean
+        c, used, stride = mean.shape[1], None, self.d
+        if cu_seqlens is not None:  # side by side, so that a stride of l visits each sequence's own blocks
+            blocks, used = gather_blocks(x, cu_seqlens, l=self.l, d=self.d)
+            x, stride = rearrange(blocks, "b c l g x -> b (c l) g x"), self.l
+        # the convolution as matrix products: a block is `parts` neighbouring strides
+        parts = self.l // stride
+        strides = rearrange(x[:, : (c + parts - 1) * stride], "b (c d) g x -> b c g (d x)", d=stride)
+        weights = rearrange(self.conv.weight, "e x (r d) -> r e (d x)", d=stride)
+        features = torch.einsum("exl,lx->e", self.conv.weight, self.position)  # positions are the same in every block
+        for r in range(parts):
+            features = features + nn.functional.linear(strides[:, r : r + c], weights[r])
+        learned = self.fc2(nn.functional.silu(self.fc1(features)))
+        if used is not None:
+            learned = learned.masked_fill(~used[:, None, None], 0.0)
+        dtype = compute_dtype(x)
+        return (mean.to(dtype) + learned.to(dtype)).to(x.dtype)
+
+
+class NSAAttention(nn.Module):
+    """Native Sparse Attention as a layer: projections, RoPE, φ, three branches, gate, output projection.
+
+    Arguments are those of `NSAConfig`; `dim … w` are the paper's sizes. `dropout` must be 0: the branches have none.
+
+    Raises: ValueError or TypeError naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_groups: int, d_k: int, d_v: int,
+        l: int = 32, d: int = 16, l_sel: int = 64, n_sel: int = 16, w: int = 512, *,
+        init_blocks: int = 1, local_blocks: int = 2, phi: str = "avg", gate: str = "softmax",
+        gate_hidden: int | None = None, gate_temperature: float = 1.0, tie_kv: bool = False,
+        rope_theta: float = 10000.0, impl: str = "auto", dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if dropout:
+            raise ValueError(f"dropout: expected 0 (Native Sparse Attention has none), got {dropout!r}")
+        self.config = config = NSAConfig(
+            dim=dim, n_heads=n_heads, n_kv_groups=n_kv_groups, d_k=d_k, d_v=d_v, l=l, d=d, l_sel=l_sel, n_sel=n_sel,
+            w=w, init_blocks=init_blocks, local_blocks=local_blocks, phi=phi, gate=gate, gate_hidden=gate_hidden,
+            gate_temperature=gate_temperature, tie_kv=tie_kv, rope_theta=rope_theta, impl=impl,
+        )  # fmt: skip
+        self.W_Q = nn.Linear(dim, n_heads * d_k, bias=False)
+        for branch in ("",) if tie_kv else ("_sel", "_win", "_cmp"):
+            self.add_module(f"W_K{branch}", nn.Linear(dim, n_kv_groups * d_k, bias=False))
+            self.add_module(f"W_V{branch}", nn.Linear(dim, n_kv_groups * d_v, bias=False))
+        self.out = nn.Linear(n_heads * d_v, dim, bias=False)
+        compressor = MeanCompressor if phi == "avg" else MLPCompressor
+        self.phi_k, self.phi_v = compressor(config, d_k), compressor(config, d_v)
+        self.gate = GateMLP(config)
+
+    def extra_repr(self) -> str:
+        """The sizes that submodules do not show."""
+        c = self.config
+        return f"l={c.l}, d={c.d}, l_sel={c.l_sel}, n_sel={c.n_sel}, w={c.w}, impl={c.impl!r}"
+
+    def cache_layout(self, capacity: int) -> tuple[dict[str, tuple[int, int]], int]:
+        """Buffers a cache of this layer has (name → length, channels), and the key/value heads."""
+        c = self.config
+        lengths = {"slc": capacity, "cmp": -(-capacity // c.d), "raw": c.l + SPECULATIVE - 1}
+        if not c.tie_kv:
+            lengths["win"] = c.w + SPECULATIVE - 1
+        channels = {"k": c.d_k, "v": c.d_v}
+        layout = {f"{kv}_{name}": (n, channels[kv]) for name, n in lengths.items() for kv in "kv"}
+        return layout, c.n_kv_groups
+
+    def forward(
+        self, x: Tensor, cache: "NSACache | None" = None, cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None, *, branch: str | None = None, attn_mask: None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attend causally.
+
+        Args:
+            x: [b, t, dim] float.
+            cache: made by `NSACache.for_model` for this layer or a model around it; x continues what it holds.
+            cu_seqlens: int32 [N + 1] on the device of x, for b = 1 packed sequences; not with a cache.
+            lengths: int32 [b] on the device of x: tokens of each right-padded row, the others are ignored.
+            branch: "cmp", "slc" or "win" to let that branch alone through, for ablation.
+            attn_mask: must be None: attention is causal, its sparsity is learned.
+
+        Returns: [b, t, dim] in the type of x; 0 for padding.
+
+        Raises: ValueError or TypeError naming the argument, before anything is written.
+        """
+        c = self.config
+        t = check_layer_input(x, c.dim, cache, cu_seqlens, lengths, attn_mask)
+        if branch is not None and branch not in BRANCHES:
+            raise ValueError(f"branch: expected None or one of {', '.join(map(repr, BRANCHES))}, got {branch!r}")
+        layer = None if cache is None else cache.layer(self)
+        valid = None if lengths is None else torch.arange(t, device=x.device) < lengths[:, None]
+        if valid is not None:
+            x = torch.where(valid[..., None], x, 0.0)
+
+        q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
+        gates = self.gate(x, q)
+        if branch is not None:
+            gates = torch.eye(3, dtype=gates.dtype, device=x.device)[BRANCHES.index(branch)].expand_as(gates)
+        projections = ("", "", "") if c.tie_kv else ("_cmp", "_sel", "_win")
+        k_cmp, k_slc, k_win = (self._project(f"W_K{p}", x) for p in projections)
+        v_cmp, v_slc, v_win = (self._project(f"W_V{p}", x) for p in projections)
+
+        positions = query_layout(x, None if layer is None else layer.positions, cu_seqlens).position
+        q, k_slc, k_win = (apply_rope(y, positions, theta=c.rope_theta) for y in (q, k_slc, k_win))
+        q_start = q_start_win = None
+        if layer is None:
+            k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)
+        else:
+            layer.check_room(k_slc, lengths)
+            q_start = layer.positions.clone()
+            k_cmp, v_cmp = self._extend_compressed(layer, k_cmp, v_cmp, lengths)
+            if not c.tie_kv:
+                k_win, v_win, q_start_win = self._extend_window(layer, k_win, v_win, lengths)
+            layer.append("k_slc", k_slc, lengths)
+            layer.append("v_slc", v_slc, lengths)
+            k_slc, v_slc = layer.buffers["k_slc"], layer.buffers["v_slc"]
+            if c.tie_kv:
+                k_win, v_win = k_slc, v_slc
+
+        branches = op_branches(c.impl)
+        out = attend_branches(
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, l=c.l, d=c.d, l_sel=c.l_sel, n_sel=c.n_sel, w=c.w,
+            init_blocks=c.init_blocks, local_blocks=c.local_blocks, q_start=q_start, q_start_win=q_start_win,
+            cu_seqlens=cu_seqlens, branches=branches,
+        )  # fmt: skip
+        if layer is not None:
+            reads = token_reads(positions, out.block_indices, l=c.l, d=c.d, l_sel=c.l_sel, w=c.w)
+            layer.advance(t, lengths, *reads)
+        o = branches.gated_sum(out.o_cmp, out.o_slc, out.o_win, gates)
+        y = self.out(rearrange(o, "b t n v -> b t (n v)"))
+        return y if valid is None else torch.where(valid[..., None], y, 0.0)
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        return rearrange(self.get_submodule(name)(x), "b t (g x) -> b t g x", g=self.config.n_kv_groups)
+
+    def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compressed tokens of whole sequences, keys rotated to the position of their block's last token."""
+        k, v = self.phi_k(k, cu_seqlens), self.phi_v(v, cu_seqlens)
+        block = torch.arange(k.shape[1], device=k.device)
+        if cu_seqlens is not None:
+            block, _, _ = compressed_slots(k.shape[1], cu_seqlens, l=self.config.l, d=self.config.d)
+        return self._rotate_blocks(k, block), v
+
+    def _rotate_blocks(self, k_cmp: Tensor, block: Tensor) -> Tensor:
+        return apply_rope(k_cmp, block * self.config.d + self.config.l - 1, theta=self.config.rope_theta)
+
+    def _extend_compressed(
+        self, layer: "LayerCache", k: Tensor, v: Tensor, count: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Emit the blocks that the new raw tokens complete, keep the raw tail; returns the compressed buffers."""
+        l, d, t = self.config.l, self.config.d, k.shape[1]
+        start = layer.positions
+        end = start + (t if count is None else count)
+        first = num_cmp_at(start - 1, l=l, d=d)
+        n = -(-t // d)  # t tokens complete at most this many blocks
+        block = first[:, None] + torch.arange(n, device=k.device)
+        complete = block * d + l <= end[:, None]
+        segments = {x: layer.recall(f"{x}_raw", y, first * d, (n - 1) * d + l) for x, y in (("k", k), ("v", v))}
+        layer.write("k_cmp", block, self._rotate_blocks(self.phi_k(segments["k"]), block), complete)
+        layer.write("v_cmp", block, self.phi_v(segments["v"]), complete)
+        layer.append("k_raw", k, count)
+        layer.append("v_raw", v, count)
+        return layer.buffers["k_cmp"], layer.buffers["v_cmp"]
+
+    def _extend_window(
+        self, layer: "LayerCache", k: Tensor, v: Tensor, count: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The window's past in order followed by the new tokens, and the first query's place there; then append."""
+        w, t = self.config.w, k.shape[1]
+        q_start = layer.positions.clamp_max(w - 1)
+        first = layer.positions - q_start
+        k_past, v_past = (layer.recall(f"{x}_win", y, first, w - 1 + t) for x, y in (("k", k), ("v", v)))
+        layer.append("k_win", k, count)
+        layer.append("v_win", v, count)
+        return k_past, v_past, q_start
+
+
+def check_layer_input(
+    x: Tensor, dim: int, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None, attn_mask: object
+) -> int:
+    """Check the arguments of an attention layer's forward and return the number of tokens per row."""
+    if check_tensor("x", x).ndim != 3 or x.shape[-1] != dim or 0 in x.shape:
+        raise ValueError(f"x: expected shape [b, t, {dim}] with b, t >= 1, got {tuple(x.shape)}")
+    if attn_mask is not None:
+        raise ValueError("attn_mask: expected None (attention is causal; use lengths or cu_seqlens), got a mask")
+    check_row_layout(x, cache, cu_seqlens, lengths)
+    return x.shape[1]
+
+
+def check_row_layout(x: Tensor, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
+    """Check `cu_seqlens` and `lengths` for rows x [b, t, ...]: at most one of them, no packing with a cache."""
+    b, t = x.shape[:2]
+    if cu_seqlens is not None:
+        if cache is not None or lengths is not None:
+            other = "cache" if cache is not None else "lengths"
+            raise ValueError(f"cu_seqlens: expected None together with {other}, got both")
+        check_cu_seqlens(cu_seqlens, b, t, x.device)
+    if lengths is not None:
+        check_lengths(lengths, b, t, x.device)

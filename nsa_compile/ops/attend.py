@@ -1,0 +1,150 @@
+"""Masked grouped-query attention with its log-sum-exp, and its gradient: the core all three branches share.
+
+Axes: b batch, t query token, s key token, g key/value head, h query head of the group, d channel. Keys are shared by the
+queries [b, s, g, d] or gathered for each of them [b, t, g, s, d].
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from nsa_compile.ops.layout import QueryLayout
+
+KeyView = Callable[[slice], tuple[Tensor | None, Tensor]]
+"""Which keys a range of queries looks at: (index, visible).
+
+`index` picks keys: None for all of them, [b, s'] for the same keys for every query, [b, t, g, s'] for keys of its own.
+`visible` bool [b, t, 1 or g, s'] says which of the picked keys a query sees; indices of hidden keys may be anything.
+"""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type the reference computes in: at least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """`d_k ** -0.5` unless given."""
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def split_heads(q: Tensor, g: int, layout: QueryLayout, part: slice) -> Tensor:
+    """Queries of a range [b, t, g, h, d] in the compute type, 0 where the query belongs to no sequence."""
+    q = rearrange(q[:, part], "b t (g h) d -> b t g h d", g=g).to(compute_dtype(q))
+    return q.masked_fill(~layout.valid[:, part, None, None, None], 0.0)
+
+
+def key_axes(k: Tensor) -> str:
+    """einops axes of keys or values without their channel axis."""
+    return "b s g" if k.ndim == 4 else "b t g s"
+
+
+def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """`scale * q·k` [b, t, g, h, s], -inf where `visible` [b, t, 1 or g, s] is False."""
+    scores = einsum(q, k, f"b t g h d, {key_axes(k)} d -> b t g h s") * scale
+    return scores.masked_fill(~visible.unsqueeze(3), float("-inf"))
+
+
+def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """`exp(scores - lse)`, 0 where nothing is visible (lse = -inf)."""
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible keys: o [b, t, g, h, d_v] and natural-log LSE [b, t, g, h].
+
+    A query that sees nothing gets o = 0 and LSE = -inf.
+    """
+    scores = masked_scores(q, k, visible, scale)
+    lse = torch.logsumexp(scores, dim=-1)
+    o = einsum(probabilities(scores, lse), v, f"b t g h s, {key_axes(v)} d -> b t g h d")
+    return o, lse
+
+
+def attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, lse: Tensor, grad_o: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of `attend`, where `delta = sum_d(grad_o * o) - grad_lse` [b, t, g, h].
+
+    With P the probabilities: dV = Pᵀ dO, dS = P * (dO Vᵀ - delta), dQ = scale * dS K, dK = scale * dSᵀ Q.
+    """
+    kv = key_axes(k)
+    p = probabilities(masked_scores(q, k, visible, scale), lse)
+    grad_v = einsum(p, grad_o, f"b t g h s, b t g h d -> {kv} d")
+    grad_p = einsum(grad_o, v, f"b t g h d, {kv} d -> b t g h s")
+    grad_s = p * (grad_p - delta.unsqueeze(-1)) * scale
+    grad_q = einsum(grad_s, k, f"b t g h s, {kv} d -> b t g h d")
+    grad_k = einsum(grad_s, q, f"b t g h s, b t g h d -> {kv} d")
+    return grad_q, grad_k, grad_v
+
+
+def attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, layout: QueryLayout, view: KeyView, chunks: Iterable[slice], scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attend` over ranges of queries, so that memory stays bounded: o [b, t, g*h, d_v], LSE [b, t, g*h]."""
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
+    for part in chunks:
+        index, visible = view(part)
+        q_part = split_heads(q, k.shape[2], layout, part)
+        o_part, lse_part = attend(q_part, pick(k, index, visible), pick(v, index, visible), visible, scale)
+        o[:, part] = rearrange(o_part, "b t g h d -> b t (g h) d")
+        lse[:, part] = rearrange(lse_part, "b t g h -> b t (g h)")
+    return o, lse
+
+
+def attend_in_chunks_backward(
+    q: Tensor, k: Tensor, v: Tensor, layout: QueryLayout, view: KeyView, chunks: Iterable[slice], scale: float,
+    o: Tensor, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients (dq, dk, dv) of `attend_in_chunks`, in the types of q, k and v; sums run in the compute type."""
+    grad_q = q.new_empty(q.shape)
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=compute_dtype(x)) for x in (k, v))
+    for part in chunks:
+        index, visible = view(part)
+        q_part, o_part, grad_o_part = (split_heads(x, k.shape[2], layout, part) for x in (q, o, grad_o))
+        lse_part = rearrange(lse[:, part], "b t (g h) -> b t g h", g=k.shape[2])
+        delta = einsum(grad_o_part, o_part, "b t g h d, b t g h d -> b t g h")
+        if grad_lse is not None:
+            delta = delta - rearrange(grad_lse[:, part], "b t (g h) -> b t g h", g=k.shape[2])
+        delta = delta.masked_fill(lse_part == float("-inf"), 0.0)
+        k_part, v_part = pick(k, index, visible), pick(v, index, visible)
+        dq, dk, dv = attend_backward(q_part, k_part, v_part, visible, scale, lse_part, grad_o_part, delta)
+        grad_q[:, part] = rearrange(dq, "b t g h d -> b t (g h) d")
+        add_picked(grad_k, index, dk)
+        add_picked(grad_v, index, dv)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def pick(x: Tensor, index: Tensor | None, visible: Tensor) -> Tensor:
+    """The picked rows of x [b, s, g, d] in the compute type, 0 where no query sees them, whatever the buffer holds."""
+    if index is None:
+        picked = x
+    elif index.ndim == 2:
+        picked = x.flatten(0, 1).index_select(0, flat_index(index, x)).unflatten(0, index.shape)
+    else:
+        picked = x.flatten(0, 2).index_select(0, flat_index(index, x)).unflatten(0, index.shape)
+    seen = visible.unsqueeze(-1) if picked.ndim == 5 else rearrange(visible.any(1), "b 1 s -> b s 1 1")
+    return picked.to(compute_dtype(x)).masked_fill(~seen, 0.0)
+
+
+def add_picked(grad: Tensor, index: Tensor | None, picked: Tensor) -> None:
+    """Add gradients of picked rows to grad [b, s, g, d] in place: the transpose of `pick`."""
+    if index is None:
+        grad += picked
+    elif index.ndim == 2:
+        grad.flatten(0, 1).index_add_(0, flat_index(index, grad), picked.flatten(0, 1))
+    else:
+        grad.flatten(0, 2).index_add_(0, flat_index(index, grad), picked.flatten(0, 3))
+
+
+def flat_index(index: Tensor, x: Tensor) -> Tensor:
+    """Rows of the flattened x [b, s, g, d] for key indices [b, s'] or [b, t, g, s'], clamped into the row's memory."""
+    b, s, g, _ = x.shape
+    row = torch.arange(b, device=x.device).view(b, *(1,) * (index.ndim - 1))
+    flat = row * s + index.clamp(0, s - 1)
+    if index.ndim == 4:
+        flat = flat * g + torch.arange(g, device=x.device)[:, None]
+    return flat.flatten()

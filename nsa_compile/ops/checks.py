@@ -1,0 +1,167 @@
+"""Argument checks shared by the public functions: shapes and types always, values only where the host can see them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is a tensor, else raise TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def check_layout(tensors: Mapping[str, tuple[Tensor, str]], sizes: dict[str, int] | None = None) -> dict[str, int]:
+    """Check named float tensors against axis patterns such as "b t n d_k" and return the size of every axis.
+
+    Axes of one name must agree, every axis except those of compressed tokens (`c`) must be at least 1, and all
+    tensors must share dtype and device. Raises TypeError for a non-tensor, ValueError for everything else.
+    """
+    sizes = dict(sizes or {})
+    first_name, first = "", None
+    for name, (value, pattern) in tensors.items():
+        tensor, axes = check_tensor(name, value), pattern.split()
+        if tensor.ndim != len(axes):
+            raise ValueError(f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {tuple(tensor.shape)}")
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if axis != "c" and size == 0:
+                raise ValueError(f"{name}: expected axis {axis} >= 1, got shape {tuple(tensor.shape)}")
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"{name}: expected axis {axis} = {sizes[axis]} in [{', '.join(axes)}], got shape {tuple(tensor.shape)}"
+                )
+        if first is None:
+            first_name, first = name, tensor
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise ValueError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        elif tensor.dtype != first.dtype:
+            raise ValueError(f"{name}: expected dtype {first.dtype} as {first_name} has, got {tensor.dtype}")
+        elif tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} as {first_name} has, got {tensor.device}")
+    return sizes
+
+
+def check_heads(n: int, g: int) -> None:
+    """Query heads must be a multiple of the key/value heads."""
+    if n % g:
+        raise ValueError(f"q: expected a number of heads divisible by the {g} key/value heads, got {n}")
+
+
+def check_int(name: str, value: object, minimum: int = 1) -> None:
+    """Check a size given as a Python int (or a traced one)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def check_blocks(*, l: int, d: int, l_sel: int | None = None) -> None:
+    """`d` divides `l`; where given, `d` divides `l_sel` and `l <= l_sel`."""
+    check_int("l", l)
+    check_int("d", d)
+    if l % d:
+        raise ValueError(f"l: expected a multiple of d = {d}, got {l}")
+    if l_sel is not None:
+        check_int("l_sel", l_sel)
+        if l_sel % d or l_sel < l:
+            raise ValueError(f"l_sel: expected a multiple of d = {d} that is at least l = {l}, got {l_sel}")
+
+
+def check_selected(*, n_sel: int, init_blocks: int, local_blocks: int) -> None:
+    """The forced blocks fit into the selection."""
+    check_int("n_sel", n_sel)
+    check_int("init_blocks", init_blocks, 0)
+    check_int("local_blocks", local_blocks)
+    if n_sel < init_blocks + local_blocks:
+        raise ValueError(
+            f"n_sel: expected at least init_blocks + local_blocks = {init_blocks + local_blocks}, got {n_sel}"
+        )
+
+
+def check_int_tensor(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check an int32 index tensor of known shape."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_placement(
+    q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None, end: int | None, key: str, keys: int
+) -> None:
+    """Check where the queries stand: at most one of `q_start` and `cu_seqlens`, and neither past the keys.
+
+    `keys` is the length of the key tensor named `key`, and `end` the number of positions it reaches (None: no limit is
+    known). Without `q_start` and `cu_seqlens` the caller has checked the lengths itself.
+    """
+    b, t = q.shape[:2]
+    if q_start is not None and cu_seqlens is not None:
+        raise ValueError("q_start: expected None together with cu_seqlens (packed positions start at 0), got both")
+    if q_start is not None:
+        check_int_tensor("q_start", q_start, (b,), q.device)
+        if end is not None and values_are_visible(q_start):
+            low, high = (int(x) for x in q_start.aminmax())
+            if low < 0 or high + t > end:
+                raise ValueError(
+                    f"q_start: expected 0 <= q_start <= {end - t} ({t} queries, {key} of length {keys}), got {low} … {high}"
+                )
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, b, t, q.device)
+
+
+def check_key_placement(q: Tensor, k: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Check where the queries stand against keys k [b, s, g, d_k]: s = t unless `q_start` is given."""
+    t, s = q.shape[1], k.shape[1]
+    check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=s, key="k", keys=s)
+    if q_start is None and s != t:
+        raise ValueError(f"k: expected s = t = {t} keys without q_start, got shape {tuple(k.shape)}")
+
+
+def check_block_indices(block_indices: object, q: Tensor, k: Tensor, *, l_sel: int) -> None:
+    """Check selected blocks int32 [b, t, g, n_sel]: existing ones, none twice, -1 in unused slots."""
+    tensor = check_tensor("block_indices", block_indices)
+    if tensor.ndim != 4 or tensor.shape[-1] == 0:
+        raise ValueError(f"block_indices: expected shape [b, t, g, n_sel] with n_sel >= 1, got {tuple(tensor.shape)}")
+    check_int_tensor("block_indices", tensor, (q.shape[0], q.shape[1], k.shape[2], tensor.shape[-1]), q.device)
+    if values_are_visible(tensor):
+        n_blocks = -(-k.shape[1] // l_sel)
+        low, high = (int(x) for x in tensor.aminmax())
+        if low < -1 or high >= n_blocks:
+            raise ValueError(f"block_indices: expected values in -1 … {n_blocks - 1}, got {low} … {high}")
+        blocks = tensor.sort(dim=-1).values
+        if bool(((blocks[..., 1:] == blocks[..., :-1]) & (blocks[..., 1:] >= 0)).any()):
+            raise ValueError("block_indices: expected no block twice for a query, got duplicates")
+
+
+def check_cu_seqlens(cu_seqlens: object, b: int, t: int, device: torch.device) -> None:
+    """Check cumulative sequence lengths int32 [N + 1] of one packed row of `t` tokens."""
+    tensor = check_tensor("cu_seqlens", cu_seqlens)
+    if tensor.ndim != 1 or tensor.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, got {tuple(tensor.shape)}")
+    check_int_tensor("cu_seqlens", tensor, tuple(tensor.shape), device)
+    if b != 1:
+        raise ValueError(f"cu_seqlens: expected a batch of 1 packed row, got a batch of {b}")
+    if values_are_visible(tensor):
+        ends = tensor.tolist()
+        if ends[0] != 0 or ends[-1] > t or any(a > z for a, z in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"cu_seqlens: expected to start at 0 and never fall or pass {t} tokens, got {ends}")
+
+
+def check_lengths(lengths: object, b: int, t: int, device: torch.device) -> None:
+    """Check the lengths int32 [b] of right-padded rows of `t` tokens."""
+    check_int_tensor("lengths", lengths, (b,), device)
+    assert isinstance(lengths, Tensor)
+    if values_are_visible(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
+        raise ValueError(f"lengths: expected 0 <= lengths <= {t}, got {lengths.tolist()}")
+
+
+def values_are_visible(x: Tensor) -> bool:
+    """Whether looking at values is free: a real CPU tensor in eager mode (a look at the device would stop the host)."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()

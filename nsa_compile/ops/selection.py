@@ -1,0 +1,227 @@
+"""Selection branch (Eq. 8-12): scores of blocks, their choice, attention to the tokens of the chosen ones."""
+
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+
+from nsa_compile.ops.attend import (
+    attend_in_chunks,
+    attend_in_chunks_backward,
+    default_scale,
+    masked_scores,
+    pick,
+    probabilities,
+    split_heads,
+)
+from nsa_compile.ops.compression import compressed_view
+from nsa_compile.ops.layout import compressed_slots, num_cmp_at, query_chunks, query_layout
+
+
+def block_overlap(c: int, n_blocks: int, *, l: int, d: int, l_sel: int, device: torch.device | None = None) -> Tensor:
+    """Tokens that compression block i and selection block j share, over d: fp32 [c, n_blocks] (Eq. 9)."""
+    start = torch.arange(c, device=device)[:, None] * d
+    start_sel = torch.arange(n_blocks, device=device) * l_sel
+    shared = torch.minimum(start + l, start_sel + l_sel) - torch.maximum(start, start_sel)
+    return shared.clamp_min(0) / d
+
+
+def compression_probabilities(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, *, l: int, d: int,
+    q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`p_cmp = softmax(scale * q·k_cmp)` over the visible blocks (Eq. 8), by the branch's LSE: [b, t, g, h, c]."""
+    layout, view, _ = compressed_view(q, k_cmp, l, d, q_start, cu_seqlens)
+    return visible_probabilities(q, k_cmp, lse, layout, view, slice(0, q.shape[1]), default_scale(q, scale))
+
+
+def visible_probabilities(q, k_cmp, lse, layout, view, part: slice, scale: float) -> Tensor:
+    """`compression_probabilities` of a range of queries."""
+    _, visible = view(part)
+    q_part = split_heads(q, k_cmp.shape[2], layout, part)
+    lse_part = rearrange(lse[:, part], "b t (g h) -> b t g h", g=k_cmp.shape[2])
+    return probabilities(masked_scores(q_part, pick(k_cmp, None, visible), visible, scale), lse_part)
+
+
+def selection_scores(
+    p_cmp: Tensor, *, l: int, d: int, l_sel: int, n_blocks: int, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """`p_slc[j] = sum_i p_cmp[i] * overlap(i, j) / d` (Eq. 9): [..., c] → [..., n_blocks], blocks of the own sequence."""
+    overlap = block_overlap(p_cmp.shape[-1], n_blocks, l=l, d=d, l_sel=l_sel, device=p_cmp.device).to(p_cmp.dtype)
+    if cu_seqlens is not None:
+        block, _, _ = compressed_slots(p_cmp.shape[-1], cu_seqlens, l=l, d=d)
+        overlap = overlap[block]
+    return einsum(p_cmp, overlap, "... c, c n -> ... n")
+
+
+def group_scores(p_slc: Tensor) -> Tensor:
+    """`p_grp = sum_h p_slc` over the heads of a group (Eq. 10): [b, t, g, h, n_blocks] → [b, t, g, n_blocks]."""
+    return reduce(p_slc, "b t g h n -> b t g n", "sum")
+
+
+def choose_blocks(
+    p_grp: Tensor, position: Tensor, *, l_sel: int, n_sel: int, init_blocks: int = 1, local_blocks: int = 2
+) -> Tensor:
+    """Forced blocks, then the highest scores, lower index first on ties (Eq. 11): int32 [b, t, g, n_sel].
+
+    p_grp [b, t, g, n_blocks], position [b, t]. Ascending; -1 in the unused slots, which stand last.
+    """
+    block = torch.arange(p_grp.shape[-1], device=p_grp.device)
+    last = (position // l_sel)[..., None, None]
+    candidate = block <= last
+    forced = candidate & ((block < init_blocks) | (block > last - local_blocks))
+    scores = p_grp.masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))
+    order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    unused = p_grp.shape[-1]  # sorts behind every block
+    chosen = order.indices.masked_fill(order.values == float("-inf"), unused)[..., :n_sel]
+    chosen = torch.nn.functional.pad(chosen, (0, max(0, n_sel - unused)), value=unused).sort(dim=-1).values
+    return chosen.masked_fill(chosen == unused, -1).int()
+
+
+def number_of_blocks(t: int, c: int, *, l: int, d: int, l_sel: int, static: bool) -> int:
+    """Selection blocks that queries of a sequence may see: of t tokens, or of what c static compressed tokens cover."""
+    tokens = c * d + l - 1 if static else t
+    return max(1, -(-tokens // l_sel))
+
+
+def select_blocks(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, *, l: int, d: int, l_sel: int, n_sel: int,
+    init_blocks: int = 1, local_blocks: int = 2,
+    q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The blocks each query and group attends to (Eq. 8-12): int32 [b, t, g, n_sel], ascending, -1 in unused slots."""
+    (b, t, n, _), (c, g) = q.shape, k_cmp.shape[1:3]
+    n_blocks = number_of_blocks(t, c, l=l, d=d, l_sel=l_sel, static=q_start is not None)
+    layout, view, _ = compressed_view(q, k_cmp, l, d, q_start, cu_seqlens)
+    indices = torch.empty(b, t, g, n_sel, dtype=torch.int32, device=q.device)
+    for part in query_chunks(t, b * (n + g) * max(c, n_blocks)):
+        p_cmp = visible_probabilities(q, k_cmp, lse, layout, view, part, default_scale(q, scale))
+        p_slc = selection_scores(p_cmp, l=l, d=d, l_sel=l_sel, n_blocks=n_blocks, cu_seqlens=cu_seqlens)
+        chosen = choose_blocks(
+            group_scores(p_slc), layout.position[:, part],
+            l_sel=l_sel, n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks,
+        )  # fmt: skip
+        indices[:, part] = chosen.masked_fill(~layout.valid[:, part, None, None], -1)
+    return indices
+
+
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, l_sel: int,
+    q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention to the tokens `s <= t` of the chosen blocks (Eq. 12): o [b, t, g*h, d_v], LSE [b, t, g*h]."""
+    layout, view, chunks = selected_view(q, k, v, block_indices, l_sel, q_start, cu_seqlens)
+    return attend_in_chunks(q, k, v, layout, view, chunks, default_scale(q, scale))
+
+
+def selected_attention_backward(
+    grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, o: Tensor,
+    lse: Tensor, *, l_sel: int, q_start: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients (dq, dk, dv) of `selected_attention`; the choice of blocks passes none."""
+    layout, view, chunks = selected_view(q, k, v, block_indices, l_sel, q_start, cu_seqlens)
+    return attend_in_chunks_backward(q, k, v, layout, view, chunks, default_scale(q, scale), o, lse, grad_o, grad_lse)
+
+
+def selected_view(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    l_sel: int,
+    q_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+):
+    """Layout of the queries, the tokens of each query's blocks, and the chunks to work through."""
+    b, t, g, n_sel = block_indices.shape
+    layout = query_layout(q, q_start, cu_seqlens)
+
+    def view(part: slice) -> tuple[Tensor, Tensor]:
+        position, first, valid = (x[:, part, None, None] for x in layout)
+        block = block_indices[:, part].long()
+        token = (block[..., None] * l_sel + torch.arange(l_sel, device=q.device)).flatten(3)  # [b, t, g, n_sel * l_sel]
+        used = (block >= 0).repeat_interleave(l_sel, dim=-1)
+        visible = used & (token <= position) & valid & (first + token < k.shape[1])
+        return first + token, visible
+
+    per_token = q.shape[2] + g * (k.shape[-1] + v.shape[-1])
+    return layout, view, list(query_chunks(t, b * n_sel * l_sel * per_token))
+
+
+class RangeStatistics(NamedTuple):
+    """What a selection looks like as merged ranges: tensors [b, t, g], lengths and distances in tokens.
+
+    A range's distance is `t - start`; all are 0 where a query has no range.
+    """
+
+    n_ranges: Tensor
+    mean_length: Tensor
+    max_length: Tensor
+    mean_distance: Tensor
+    max_distance: Tensor
+
+
+def selection_ranges(
+    block_indices: Tensor, *, l_sel: int, q_start: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """A selection as merged half-open token ranges [start, end): int32 [b, t, g, n_sel, 2], ascending.
+
+    block_indices int32 [b, t, g, n_sel] as `select_blocks` gives them. Neighbouring blocks become one range, which ends
+    at the query's position + 1 at the latest; positions are those of the query's own sequence. Unused slots hold
+    (-1, -1) and stand last.
+    """
+    layout = query_layout(block_indices, q_start, cu_seqlens)
+    block = block_indices.long()
+    used = (block >= 0) & (block * l_sel <= layout.position[..., None, None])
+    follows = used & (block == torch.nn.functional.pad(block, (1, 0), value=-2)[..., :-1] + 1)
+    range_of = ((used & ~follows).cumsum(-1) - 1).clamp_min(0)
+    end = torch.minimum((block + 1) * l_sel, layout.position[..., None, None] + 1).masked_fill(~used, -1)
+    starts = torch.full_like(block, -1).scatter_reduce(
+        -1, range_of, (block * l_sel).masked_fill(~(used & ~follows), -1), "amax"
+    )
+    ends = torch.full_like(block, -1).scatter_reduce(-1, range_of, end, "amax")
+    return torch.stack((starts, ends), dim=-1).int()
+
+
+def range_statistics(
+    ranges: Tensor, *, q_start: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> RangeStatistics:
+    """Number, lengths and distances of the ranges of each query and group; see `selection_ranges`."""
+    position = query_layout(ranges, q_start, cu_seqlens).position[..., None, None]
+    start, end = ranges.long().unbind(-1)
+    used = start >= 0
+    n_ranges = used.sum(-1)
+    length = (end - start) * used
+    distance = (position - start) * used
+    count = n_ranges.clamp_min(1)
+    return RangeStatistics(
+        n_ranges, length.sum(-1) / count, length.amax(-1), distance.sum(-1) / count, distance.amax(-1)
+    )
+
+
+class TokenReads(NamedTuple):
+    """Keys a query reads, int64 with last axis (cmp, slc, win, total): nominal [b, t, 4], actual per group [b, t, g, 4]."""
+
+    nominal: Tensor
+    actual: Tensor
+
+
+def token_reads(position: Tensor, block_indices: Tensor, *, l: int, d: int, l_sel: int, w: int) -> TokenReads:
+    """Token reads of queries at `position` [b, t], of which block_indices [b, t, g, n_sel] were chosen.
+
+    With S = position + 1 tokens in the cache, nominal is `num_cmp(S) + n_sel*l_sel + min(w, S)`; actual counts the
+    tokens of the chosen blocks that exist.
+    """
+    S = position + 1
+    cmp, win = num_cmp_at(position, l=l, d=d), S.clamp_max(w)
+    slc = torch.full_like(S, block_indices.shape[-1] * l_sel)
+    block = block_indices.long()
+    exist = (S[..., None, None] - block * l_sel).clamp(0, l_sel) * (block >= 0)
+    slc_actual = exist.sum(-1)
+    cmp_g, win_g = (x.unsqueeze(-1).expand_as(slc_actual) for x in (cmp, win))
+    return TokenReads(
+        torch.stack((cmp, slc, win, cmp + slc + win), -1),
+        torch.stack((cmp_g, slc_actual, win_g, cmp_g + slc_actual + win_g), -1),
+    )

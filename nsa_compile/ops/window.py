@@ -1,0 +1,41 @@
+"""Sliding-window branch: attention to the tokens `max(0, t-w+1) … t`."""
+
+import torch
+from torch import Tensor
+
+from nsa_compile.ops.attend import attend_in_chunks, attend_in_chunks_backward, default_scale
+from nsa_compile.ops.layout import query_chunks, query_layout
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, w: int,
+    q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each query to the last `w` tokens, its own counted: o [b, t, g*h, d_v], LSE [b, t, g*h]."""
+    layout, view, chunks = window_view(q, min(w, k.shape[1]), q_start, cu_seqlens)
+    return attend_in_chunks(q, k, v, layout, view, chunks, default_scale(q, scale))
+
+
+def window_attention_backward(
+    grad_o: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, w: int,
+    q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients (dq, dk, dv) of `window_attention`."""
+    layout, view, chunks = window_view(q, min(w, k.shape[1]), q_start, cu_seqlens)
+    return attend_in_chunks_backward(q, k, v, layout, view, chunks, default_scale(q, scale), o, lse, grad_o, grad_lse)
+
+
+def window_view(q: Tensor, w: int, q_start: Tensor | None, cu_seqlens: Tensor | None):
+    """Layout of the queries, the band of keys each chunk of them sees, and the chunks to work through."""
+    b, t, n, _ = q.shape
+    layout = query_layout(q, q_start, cu_seqlens)
+    own = (layout.first + layout.position).unsqueeze(2)  # key index of the query's own token
+
+    def view(part: slice) -> tuple[Tensor, Tensor]:
+        own_part, first, valid = own[:, part], layout.first[:, part, None], layout.valid[:, part, None]
+        length = own_part.shape[1] + w - 1
+        key = own_part[:, :1] - (w - 1) + torch.arange(length, device=q.device)  # [b, 1, length]
+        visible = (key >= first) & (key <= own_part) & (key > own_part - w) & valid
+        return key.squeeze(1), visible.unsqueeze(2)
+
+    return layout, view, list(query_chunks(t, 2 * b * n * w, most=max(w, 64)))
