@@ -100,7 +100,9 @@ class LlamaBlockNSA(nn.Module):
         if config is not None and config.attention == "dense":
             self.attn: nn.Module = DenseAttention(config)
         else:
-            self.attn = NSAAttention(*args, **kwargs) if config is None else NSAAttention(**config.attention_arguments())
+            self.attn = (
+                NSAAttention(*args, **kwargs) if config is None else NSAAttention(**config.attention_arguments())
+            )
         dim = self.attn.config.dim
         self.norm_attn = nn.RMSNorm(dim, eps=NORM_EPS)
         self.norm_mlp = nn.RMSNorm(dim, eps=NORM_EPS)

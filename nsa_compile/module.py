@@ -12,7 +12,7 @@ from nsa_compile.custom_ops.nsa import op_branches
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_cu_seqlens, check_lengths, check_tensor
 from nsa_compile.ops.compression import gather_blocks
-from nsa_compile.ops.layout import compressed_slots, num_cmp, num_cmp_at, query_layout
+from nsa_compile.ops.layout import compressed_slots, num_cmp_at, query_layout
 from nsa_compile.ops.nsa import attend_branches
 from nsa_compile.ops.rope import apply_rope
 from nsa_compile.ops.selection import token_reads
@@ -205,7 +205,7 @@ class NSAAttention(nn.Module):
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)
         else:
             layer.check_room(k_slc, lengths)
-            q_start = layer.positions.clone()
+            q_start = layer.positions.clamp_max(layer.capacity - 1)  # a full row is idle
             k_cmp, v_cmp = self._extend_compressed(layer, k_cmp, v_cmp, lengths)
             if not c.tie_kv:
                 k_win, v_win, q_start_win = self._extend_window(layer, k_win, v_win, lengths)
@@ -254,8 +254,8 @@ class NSAAttention(nn.Module):
         block = first[:, None] + torch.arange(n, device=k.device)
         complete = block * d + l <= end[:, None]
         segments = {x: layer.recall(f"{x}_raw", y, first * d, (n - 1) * d + l) for x, y in (("k", k), ("v", v))}
-        layer.write("k_cmp", block, self._rotate_blocks(self.phi_k(segments["k"]), block), complete)
-        layer.write("v_cmp", block, self.phi_v(segments["v"]), complete)
+        layer.write("k_cmp", self._rotate_blocks(self.phi_k(segments["k"]), block), block, complete)
+        layer.write("v_cmp", self.phi_v(segments["v"]), block, complete)
         layer.append("k_raw", k, count)
         layer.append("v_raw", v, count)
         return layer.buffers["k_cmp"], layer.buffers["v_cmp"]

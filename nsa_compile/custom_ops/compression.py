@@ -28,14 +28,14 @@ def compress_mean(k: Tensor, *, l: int, d: int, cu_seqlens: Tensor | None = None
         cu_seqlens: int32 [N + 1] on the device of k, for b = 1 packed sequences.
         impl: "auto", "reference", "triton" or "flash".
 
-    Returns: [b, c, g, channels] in the type of k, summed in at least fp32. c = num_cmp(s, l, d); packed c = s // d slots,
-        sequence after sequence, the unused ones 0.
+    Returns: [b, c, g, channels] in the type of k, summed in at least fp32. c = num_cmp(s, l, d); packed: c = s // d
+        slots, sequence after sequence, the unused ones 0.
 
     Raises: ValueError or TypeError naming the argument, what was expected and what came.
     """
-    sizes = check_layout({"k": (k, "b s g channels")})
+    check_layout({"k": (k, "b s g channels")})
     check_blocks(l=l, d=d)
-    check_placement(k, q_start=None, cu_seqlens=cu_seqlens, end=None, key="k", keys=sizes["s"])
+    check_placement(k, q_start=None, cu_seqlens=cu_seqlens, end=None, key="k")
     resolve_impl("compress_mean", impl, k.device)
     return torch.ops.nsa_compile.compress_mean(k, l, d, cu_seqlens, impl)
 
@@ -114,7 +114,7 @@ def check_compressed_placement(
 ) -> None:
     """Check where the queries stand against the number of compressed tokens."""
     t, c = q.shape[1], k_cmp.shape[1]
-    check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=c * d + l - 1, key="k_cmp", keys=c)
+    check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=c * d + l - 1, key="k_cmp")
     expected = num_cmp(t, l, d) if cu_seqlens is None else t // d
     if q_start is None and c != expected:
         raise ValueError(

@@ -20,7 +20,8 @@ def op_branches(impl: str) -> Branches:
 
 
 def nsa_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, *,
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
+    gates: Tensor, *,
     l: int, d: int, l_sel: int, n_sel: int, w: int, init_blocks: int = 1, local_blocks: int = 2,
     q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip

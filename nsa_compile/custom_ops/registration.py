@@ -40,7 +40,7 @@ def attach_gradient(op: Any, backward_op: Any) -> None:
 
 
 def causal_pairs(t: int, most: int, static: bool) -> int:
-    """(query, key) pairs of one row and head where every query sees its last `most` tokens: `sum_t min(t + 1, most)`."""
+    """(query, key) pairs of one row and head that see their last `most` tokens: `sum_t min(t + 1, most)`."""
     most = min(most, t) if not static else most
     return t * most if static else most * (most + 1) // 2 + (t - most) * most
 

@@ -75,7 +75,8 @@ def _(q, k, v, block_indices, l_sel, q_start, cu_seqlens, scale, impl):
 
 @torch.library.custom_op("nsa_compile::selected_attention_backward", mutates_args=())
 def _selected_attention_backward(
-    grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, l_sel: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
+    grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    block_indices: Tensor, l_sel: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     resolve_impl("selected_attention", impl, q.device)
     return reference.selected_attention_backward(

@@ -1,10 +1,13 @@
 """NSACache: what the layers of a model remember, in static buffers with positions on the device."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+
+from nsa_compile.custom_ops.decode import cache_append, cache_recall, cache_write
+from nsa_compile.ops.checks import values_are_visible
 
 
 class LayerCache:
@@ -19,7 +22,13 @@ class LayerCache:
     """
 
     def __init__(
-        self, layout: dict[str, tuple[int, int]], g: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        layout: dict[str, tuple[int, int]],
+        g: int,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.capacity = capacity
         self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -37,16 +46,18 @@ class LayerCache:
     def check_room(self, new: Tensor, count: Tensor | None) -> None:
         """Raise ValueError if `new` [b, t, ...] does not fit the cache, as far as the host can see."""
         b, t = new.shape[:2]
-        like = self.positions.new_empty(0, dtype=next(iter(self.buffers.values())).dtype)
+        buffer = next(iter(self.buffers.values()))
         if new.requires_grad:
             raise ValueError("cache: expected a call without gradients (torch.no_grad or inference_mode), got one with")
         if b != self.positions.shape[0]:
             raise ValueError(f"cache: expected a batch of {self.positions.shape[0]}, got {b}")
-        if new.dtype != like.dtype or new.device != like.device:
-            raise ValueError(f"cache: expected keys in {like.dtype} on {like.device}, got {new.dtype} on {new.device}")
+        if new.dtype != buffer.dtype or new.device != buffer.device:
+            raise ValueError(
+                f"cache: expected keys in {buffer.dtype} on {buffer.device}, got {new.dtype} on {new.device}"
+            )
         if t > self.capacity:
             raise ValueError(f"cache: expected at most {self.capacity} tokens (its capacity), got {t}")
-        if type(self.positions) is Tensor and new.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_are_visible(self.positions):
             end = int((self.positions + (t if count is None else count)).max())
             if end > self.capacity:
                 raise ValueError(f"cache: expected at most {self.capacity} tokens (its capacity), got {end}")
@@ -54,40 +65,22 @@ class LayerCache:
     def recall(self, name: str, new: Tensor, first: Tensor, length: int) -> Tensor:
         """Tokens `first … first + length - 1` of each row, from the buffer and the tokens `new` about to be appended.
 
-        new [b, t, g, *], first int [b] → [b, length, g, *]. Tokens beyond the new ones are arbitrary finite values.
+        new [b, t, g, *], first int [b] → [b, length, g, *]. Tokens beyond the new ones repeat the last of them.
         """
-        buffer, start = self.buffers[name], self.positions[:, None]
-        token = first[:, None] + torch.arange(length, device=new.device)
-        row = torch.arange(new.shape[0], device=new.device)[:, None]
-        old = buffer[row, token % buffer.shape[1]]
-        fresh = new[row, (token - start).clamp(0, new.shape[1] - 1)]
-        return torch.where((token < start)[..., None, None], old, fresh)
+        return cache_recall(self.buffers[name], new, self.positions, first, length)
 
     def append(self, name: str, new: Tensor, count: Tensor | None) -> None:
         """Write the first `count` int32 [b] (default all) of the tokens `new` [b, t, g, *] at the rows' positions."""
-        buffer, t = self.buffers[name], new.shape[1]
-        length = buffer.shape[1]
-        # Of a ring only its last tokens matter. One token, or all the ring: two shapes, however long the new part is.
-        written = t if t == 1 or length >= self.capacity else length
-        ends = torch.full_like(self.positions, t) if count is None else count
-        offset = torch.arange(written, device=new.device) + (0 if written == t else ends[:, None] - written)
-        row = torch.arange(new.shape[0], device=new.device)[:, None]
-        fresh = new[row, offset.clamp(0, t - 1)]
-        self.write(name, self.positions[:, None] + offset, fresh, (offset >= 0) & (offset < ends[:, None]))
-
-    def write(self, name: str, index: Tensor, new: Tensor, keep: Tensor) -> None:
-        """Write `new` [b, n, g, *] at `index` [b, n], modulo the length, where `keep` [b, n]; consecutive, n <= length.
-
-        The other slots are written with what they held, so that no row writes outside its own memory.
-        """
         buffer = self.buffers[name]
-        if buffer.shape[1] >= self.capacity:
-            keep = keep & (index < buffer.shape[1])
-        row = torch.arange(new.shape[0], device=new.device)[:, None]
-        slot = index % buffer.shape[1]
-        buffer.index_put_((row, slot), torch.where(keep[..., None, None], new, buffer[row, slot]))
+        cache_append(buffer, new, self.positions, count, buffer.shape[1] < self.capacity)
 
-    def advance(self, t: int, count: Tensor | None, nominal: Tensor | None = None, actual: Tensor | None = None) -> None:
+    def write(self, name: str, new: Tensor, index: Tensor, keep: Tensor) -> None:
+        """Write `new` [b, n, g, *] at the consecutive slots `index` [b, n] where `keep` [b, n]."""
+        cache_write(self.buffers[name], new, index, keep)
+
+    def advance(
+        self, t: int, count: Tensor | None, nominal: Tensor | None = None, actual: Tensor | None = None
+    ) -> None:
         """Move on by `count` int32 [b] (default t) tokens and keep the reads [b, t, (g,) 4] of the last of them."""
         ends = torch.full_like(self.positions, t) if count is None else count
         last = (ends - 1).clamp(0, t - 1).long()
@@ -136,7 +129,8 @@ class NSACache:
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         dtype, device = dtype or parameter.dtype, torch.device(device or parameter.device)
         with torch.inference_mode(False):
-            layers = [LayerCache(*m.cache_layout(capacity), batch, capacity, dtype, device) for m in modules]
+            layouts = [cast(Any, module).cache_layout(capacity) for module in modules]
+            layers = [LayerCache(layout, g, batch, capacity, dtype, device) for layout, g in layouts]
         cache = cls(modules, layers, batch, capacity)
         for tensor in cache.tensors():
             torch._dynamo.mark_static_address(tensor)

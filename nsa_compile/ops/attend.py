@@ -1,7 +1,7 @@
 """Masked grouped-query attention with its log-sum-exp, and its gradient: the core all three branches share.
 
-Axes: b batch, t query token, s key token, g key/value head, h query head of the group, d channel. Keys are shared by the
-queries [b, s, g, d] or gathered for each of them [b, t, g, s, d].
+Axes: b batch, t query token, s key token, g key/value head, h query head of the group, d channel. Keys are shared by
+the queries [b, s, g, d] or gathered for each of them [b, t, g, s, d].
 """
 
 from collections.abc import Callable, Iterable

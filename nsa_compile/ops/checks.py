@@ -1,6 +1,7 @@
 """Argument checks shared by the public functions: shapes and types always, values only where the host can see them."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,9 +32,8 @@ def check_layout(tensors: Mapping[str, tuple[Tensor, str]], sizes: dict[str, int
             if axis != "c" and size == 0:
                 raise ValueError(f"{name}: expected axis {axis} >= 1, got shape {tuple(tensor.shape)}")
             if sizes.setdefault(axis, size) != size:
-                raise ValueError(
-                    f"{name}: expected axis {axis} = {sizes[axis]} in [{', '.join(axes)}], got shape {tuple(tensor.shape)}"
-                )
+                expected = f"axis {axis} = {sizes[axis]} in [{', '.join(axes)}]"
+                raise ValueError(f"{name}: expected {expected}, got shape {tuple(tensor.shape)}")
         if first is None:
             first_name, first = name, tensor
             if tensor.dtype not in FLOAT_DTYPES:
@@ -93,13 +93,11 @@ def check_int_tensor(name: str, value: object, shape: tuple[int, ...], device: t
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_placement(
-    q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None, end: int | None, key: str, keys: int
-) -> None:
-    """Check where the queries stand: at most one of `q_start` and `cu_seqlens`, and neither past the keys.
+def check_placement(q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None, end: int | None, key: str) -> None:
+    """Check where the queries stand: at most one of `q_start` and `cu_seqlens`, and every row's first query has a key.
 
-    `keys` is the length of the key tensor named `key`, and `end` the number of positions it reaches (None: no limit is
-    known). Without `q_start` and `cu_seqlens` the caller has checked the lengths itself.
+    `end` is the number of positions that the key tensor named `key` reaches, None if there is no `q_start`. Later
+    queries may run past it: they are a row's padding.
     """
     b, t = q.shape[:2]
     if q_start is not None and cu_seqlens is not None:
@@ -108,9 +106,9 @@ def check_placement(
         check_int_tensor("q_start", q_start, (b,), q.device)
         if end is not None and values_are_visible(q_start):
             low, high = (int(x) for x in q_start.aminmax())
-            if low < 0 or high + t > end:
+            if low < 0 or high >= end:
                 raise ValueError(
-                    f"q_start: expected 0 <= q_start <= {end - t} ({t} queries, {key} of length {keys}), got {low} … {high}"
+                    f"q_start: expected values in 0 … {end - 1} for the length of {key}, got {low} … {high}"
                 )
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, b, t, q.device)
@@ -119,7 +117,7 @@ def check_placement(
 def check_key_placement(q: Tensor, k: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Check where the queries stand against keys k [b, s, g, d_k]: s = t unless `q_start` is given."""
     t, s = q.shape[1], k.shape[1]
-    check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=s, key="k", keys=s)
+    check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=s, key="k")
     if q_start is None and s != t:
         raise ValueError(f"k: expected s = t = {t} keys without q_start, got shape {tuple(k.shape)}")
 
@@ -150,7 +148,7 @@ def check_cu_seqlens(cu_seqlens: object, b: int, t: int, device: torch.device) -
         raise ValueError(f"cu_seqlens: expected a batch of 1 packed row, got a batch of {b}")
     if values_are_visible(tensor):
         ends = tensor.tolist()
-        if ends[0] != 0 or ends[-1] > t or any(a > z for a, z in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] > t or any(a > z for a, z in pairwise(ends)):
             raise ValueError(f"cu_seqlens: expected to start at 0 and never fall or pass {t} tokens, got {ends}")
 
 

@@ -14,7 +14,7 @@ from nsa_compile.ops.layout import compressed_slots, num_cmp, query_chunks, quer
 
 
 def gather_blocks(k: Tensor, cu_seqlens: Tensor, *, l: int, d: int) -> tuple[Tensor, Tensor]:
-    """Tokens of every compression block of a packed row: [1, c, l, g, *] with c = s // d, and which slots are used [c]."""
+    """Tokens of every compression block of a packed row, [1, c, l, g, *] with c = s // d; which slots are used [c]."""
     s = k.shape[1]
     _, first, used = compressed_slots(s // d, cu_seqlens, l=l, d=d)
     token = (first[:, None] + torch.arange(l, device=k.device)).clamp(0, s - 1)

@@ -34,7 +34,7 @@ def num_cmp_at(position: Tensor, *, l: int, d: int) -> Tensor:
 
 
 def query_layout(q: Tensor, q_start: Tensor | None, cu_seqlens: Tensor | None) -> QueryLayout:
-    """Positions of the queries of q [b, t, ...]: from 0, from `q_start` int32 [b], or packed by `cu_seqlens` [N + 1]."""
+    """Positions of queries q [b, t, ...]: from 0, from `q_start` int32 [b], or packed by `cu_seqlens` [N + 1]."""
     b, t = q.shape[:2]
     index = torch.arange(t, device=q.device).expand(b, t)
     if cu_seqlens is None:

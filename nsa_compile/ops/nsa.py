@@ -56,7 +56,8 @@ def attend_branches(
 
 
 def nsa_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, *,
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
+    gates: Tensor, *,
     branches: Branches = REFERENCE, **sizes: Any,
 ) -> Tensor:  # fmt: skip
     """`o = g_cmp * o_cmp + g_slc * o_slc + g_win * o_win` (Eq. 5); arguments as in `attend_branches`."""

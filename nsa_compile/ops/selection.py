@@ -47,7 +47,7 @@ def visible_probabilities(q, k_cmp, lse, layout, view, part: slice, scale: float
 def selection_scores(
     p_cmp: Tensor, *, l: int, d: int, l_sel: int, n_blocks: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """`p_slc[j] = sum_i p_cmp[i] * overlap(i, j) / d` (Eq. 9): [..., c] → [..., n_blocks], blocks of the own sequence."""
+    """`p_slc[j] = sum_i p_cmp[i] * overlap(i, j) / d` (Eq. 9): [..., c] → [..., n_blocks] of the own sequence."""
     overlap = block_overlap(p_cmp.shape[-1], n_blocks, l=l, d=d, l_sel=l_sel, device=p_cmp.device).to(p_cmp.dtype)
     if cu_seqlens is not None:
         block, _, _ = compressed_slots(p_cmp.shape[-1], cu_seqlens, l=l, d=d)
@@ -202,7 +202,7 @@ def range_statistics(
 
 
 class TokenReads(NamedTuple):
-    """Keys a query reads, int64 with last axis (cmp, slc, win, total): nominal [b, t, 4], actual per group [b, t, g, 4]."""
+    """Keys a query reads, int64, last axis (cmp, slc, win, total): nominal [b, t, 4], actual per group [b, t, g, 4]."""
 
     nominal: Tensor
     actual: Tensor
