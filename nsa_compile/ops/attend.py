@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nsa_compile.ops.layout import QueryLayout
 
-KeyView = Callable[[slice], tuple[Tensor | None, Tensor]]
+KeyIndex = slice | Tensor
+KeyView = Callable[[slice], tuple[KeyIndex, Tensor]]
 """Which keys a range of queries looks at: (index, visible).
 
-`index` picks keys: None for all of them, [b, s'] for the same keys for every query, [b, t, g, s'] for keys of its own.
+`index` picks keys: a slice for all rows, [b, s'] for each row, [b, t, g, s'] for each query and group.
 `visible` bool [b, t, 1 or g, s'] says which of the picked keys a query sees; indices of hidden keys may be anything.
 """
 
@@ -118,26 +119,27 @@ def attend_in_chunks_backward(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def pick(x: Tensor, index: Tensor | None, visible: Tensor) -> Tensor:
+def pick(x: Tensor, index: KeyIndex, visible: Tensor) -> Tensor:
     """The picked rows of x [b, s, g, d] in the compute type, 0 where no query sees them, whatever the buffer holds."""
-    if index is None:
-        picked = x
-    elif index.ndim == 2:
-        picked = x.flatten(0, 1).index_select(0, flat_index(index, x)).unflatten(0, index.shape)
+    if isinstance(index, slice):
+        picked = x[:, index]
     else:
-        picked = x.flatten(0, 2).index_select(0, flat_index(index, x)).unflatten(0, index.shape)
-    seen = visible.unsqueeze(-1) if picked.ndim == 5 else rearrange(visible.any(1), "b 1 s -> b s 1 1")
+        picked = rows_of(x, index).index_select(0, flat_index(index, x)).unflatten(0, index.shape)
+    seen = visible.unsqueeze(-1) if picked.ndim == 5 else rearrange(visible.any(1), "b g s -> b s g 1")
     return picked.to(compute_dtype(x)).masked_fill(~seen, 0.0)
 
 
-def add_picked(grad: Tensor, index: Tensor | None, picked: Tensor) -> None:
+def add_picked(grad: Tensor, index: KeyIndex, picked: Tensor) -> None:
     """Add gradients of picked rows to grad [b, s, g, d] in place: the transpose of `pick`."""
-    if index is None:
-        grad += picked
-    elif index.ndim == 2:
-        grad.flatten(0, 1).index_add_(0, flat_index(index, grad), picked.flatten(0, 1))
+    if isinstance(index, slice):
+        grad[:, index] += picked
     else:
-        grad.flatten(0, 2).index_add_(0, flat_index(index, grad), picked.flatten(0, 3))
+        rows_of(grad, index).index_add_(0, flat_index(index, grad), picked.flatten(0, index.ndim - 1))
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """x [b, s, g, d] as the rows that `flat_index` counts: one per token, or one per token and group."""
+    return x.flatten(0, 1 if index.ndim == 2 else 2)
 
 
 def flat_index(index: Tensor, x: Tensor) -> Tensor:

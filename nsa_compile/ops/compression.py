@@ -85,7 +85,7 @@ def compressed_view(q: Tensor, k_cmp: Tensor, l: int, d: int, q_start: Tensor | 
     first, end = visible_slots(layout, cu_seqlens, l=l, d=d)
     slot = torch.arange(c, device=q.device)
 
-    def view(part: slice) -> tuple[None, Tensor]:
-        return None, ((slot >= first[:, part, None]) & (slot < end[:, part, None])).unsqueeze(2)
+    def view(part: slice) -> tuple[slice, Tensor]:
+        return slice(None), ((slot >= first[:, part, None]) & (slot < end[:, part, None])).unsqueeze(2)
 
     return layout, view, list(query_chunks(q.shape[1], q.shape[0] * q.shape[2] * c))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa_compile.ops.compression import compressed_attention
 from nsa_compile.ops.gating import gated_sum
+from nsa_compile.ops.layout import query_layout
 from nsa_compile.ops.selection import select_blocks, selected_attention
 from nsa_compile.ops.window import window_attention
 
@@ -62,4 +63,7 @@ def nsa_attention(
 ) -> Tensor:  # fmt: skip
     """`o = g_cmp * o_cmp + g_slc * o_slc + g_win * o_win` (Eq. 5); arguments as in `attend_branches`."""
     out = attend_branches(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, branches=branches, **sizes)
+    if sizes.get("cu_seqlens") is not None:  # tokens of no sequence get 0, whatever their gates hold
+        valid = query_layout(q, None, sizes["cu_seqlens"]).valid
+        gates = gates.masked_fill(~valid[..., None, None], 0.0)
     return branches.gated_sum(out.o_cmp, out.o_slc, out.o_win, gates)

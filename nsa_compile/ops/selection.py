@@ -41,7 +41,7 @@ def visible_probabilities(q, k_cmp, lse, layout, view, part: slice, scale: float
     _, visible = view(part)
     q_part = split_heads(q, k_cmp.shape[2], layout, part)
     lse_part = rearrange(lse[:, part], "b t (g h) -> b t g h", g=k_cmp.shape[2])
-    return probabilities(masked_scores(q_part, pick(k_cmp, None, visible), visible, scale), lse_part)
+    return probabilities(masked_scores(q_part, pick(k_cmp, slice(None), visible), visible, scale), lse_part)
 
 
 def selection_scores(
@@ -134,20 +134,37 @@ def selected_view(
     q_start: Tensor | None,
     cu_seqlens: Tensor | None,
 ):
-    """Layout of the queries, the tokens of each query's blocks, and the chunks to work through."""
-    b, t, g, n_sel = block_indices.shape
-    layout = query_layout(q, q_start, cu_seqlens)
+    """Layout of the queries, the tokens of each query's blocks, and the chunks to work through.
 
-    def view(part: slice) -> tuple[Tensor, Tensor]:
-        position, first, valid = (x[:, part, None, None] for x in layout)
+    A few queries over a long buffer gather their tokens; otherwise a mask over all keys is less work than gathering.
+    """
+    b, t, g, n_sel = block_indices.shape
+    s, n = k.shape[1], q.shape[2]
+    layout = query_layout(q, q_start, cu_seqlens)
+    key = torch.arange(s, device=q.device)
+    key_first, key_position = (key * 0, key) if cu_seqlens is None else (layout.first[0], layout.position[0])
+    n_blocks = -(-s // l_sel)
+
+    def view_gathered(part: slice) -> tuple[Tensor, Tensor]:
+        position, _, valid = (x[:, part, None, None] for x in layout)
         block = block_indices[:, part].long()
         token = (block[..., None] * l_sel + torch.arange(l_sel, device=q.device)).flatten(3)  # [b, t, g, n_sel * l_sel]
-        used = (block >= 0).repeat_interleave(l_sel, dim=-1)
-        visible = used & (token <= position) & valid & (first + token < k.shape[1])
-        return first + token, visible
+        return token, (token >= 0) & (token <= position) & (token < s) & valid
 
-    per_token = q.shape[2] + g * (k.shape[-1] + v.shape[-1])
-    return layout, view, list(query_chunks(t, b * n_sel * l_sel * per_token))
+    def view_masked(part: slice) -> tuple[slice, Tensor]:
+        position, first, valid = (x[:, part, None, None] for x in layout)
+        past = slice(0, part.stop if q_start is None else s)
+        block = block_indices[:, part].long()
+        block = block.masked_fill((block < 0) | (block >= n_blocks), n_blocks)
+        chosen = torch.zeros(*block.shape[:3], n_blocks + 1, dtype=torch.bool, device=q.device).scatter_(
+            -1, block, True
+        )
+        visible = chosen[..., key_position[past] // l_sel]
+        return past, visible & (key_first[past] == first) & (key_position[past] <= position) & valid
+
+    if q_start is not None and t * n_sel * l_sel < s:
+        return layout, view_gathered, list(query_chunks(t, b * n_sel * l_sel * (n + g * (k.shape[-1] + v.shape[-1]))))
+    return layout, view_masked, list(query_chunks(t, b * n * s))
 
 
 class RangeStatistics(NamedTuple):

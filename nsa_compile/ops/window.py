@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa_compile.ops.attend import attend_in_chunks, attend_in_chunks_backward, default_scale
+from nsa_compile.ops.attend import KeyIndex, attend_in_chunks, attend_in_chunks_backward, default_scale
 from nsa_compile.ops.layout import query_chunks, query_layout
 
 
@@ -31,11 +31,16 @@ def window_view(q: Tensor, w: int, q_start: Tensor | None, cu_seqlens: Tensor | 
     layout = query_layout(q, q_start, cu_seqlens)
     own = (layout.first + layout.position).unsqueeze(2)  # key index of the query's own token
 
-    def view(part: slice) -> tuple[Tensor, Tensor]:
+    def view(part: slice) -> tuple[KeyIndex, Tensor]:
         own_part, first, valid = own[:, part], layout.first[:, part, None], layout.valid[:, part, None]
-        length = own_part.shape[1] + w - 1
-        key = own_part[:, :1] - (w - 1) + torch.arange(length, device=q.device)  # [b, 1, length]
+        if q_start is None:
+            band = slice(max(0, part.start - w + 1), part.stop)
+            key = torch.arange(band.start, band.stop, device=q.device)
+            index: KeyIndex = band
+        else:
+            key = own_part[:, :1] + torch.arange(1 - w, own_part.shape[1], device=q.device)  # [b, 1, band]
+            index = key.squeeze(1)
         visible = (key >= first) & (key <= own_part) & (key > own_part - w) & valid
-        return key.squeeze(1), visible.unsqueeze(2)
+        return index, visible.unsqueeze(2)
 
     return layout, view, list(query_chunks(t, 2 * b * n * w, most=max(w, 64)))
