@@ -59,9 +59,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tu
     A query that sees nothing gets o = 0 and LSE = -inf.
     """
     scores = masked_scores(q, k, visible, scale)
-    lse = torch.logsumexp(scores, dim=-1)
-    o = einsum(probabilities(scores, lse), v, f"b t g h s, {key_axes(v)} d -> b t g h d")
-    return o, lse
+    largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    p = torch.exp(scores - largest)
+    total = p.sum(-1, keepdim=True)
+    o = einsum(p, v, f"b t g h s, {key_axes(v)} d -> b t g h d") / total.masked_fill(total == 0, 1.0)
+    return o, (largest + total.log()).squeeze(-1)
 
 
 def attend_backward(
