@@ -7,6 +7,7 @@ from nsa_compile.custom_ops.gating import gated_sum
 from nsa_compile.custom_ops.nsa import nsa_attention
 from nsa_compile.custom_ops.selection import selected_attention
 from nsa_compile.custom_ops.window import window_attention
+from nsa_compile.generate import Generation, generate, sample
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.model import LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import GateMLP, NSAAttention
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GateMLP",
     "GateStatistics",
+    "Generation",
     "LlamaBlockNSA",
     "NSAAttention",
     "NSACache",
@@ -32,9 +34,11 @@ __all__ = [
     "compressed_attention",
     "gate_statistics",
     "gated_sum",
+    "generate",
     "nsa_attention",
     "num_cmp",
     "range_statistics",
+    "sample",
     "select_blocks",
     "selected_attention",
     "selection_ranges",

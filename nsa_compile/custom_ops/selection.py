@@ -49,8 +49,8 @@ def selected_attention(
     sizes = check_layout({"q": (q, "b t n d_k"), "k": (k, "b s g d_k"), "v": (v, "b s g d_v")})
     check_heads(sizes["n"], sizes["g"])
     check_int("l_sel", l_sel)
-    check_block_indices(block_indices, q, k, l_sel=l_sel)
     check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
+    check_block_indices(block_indices, q, k, l_sel=l_sel, q_start=q_start)
     resolve_impl("selected_attention", impl, q.device)
     return torch.ops.nsa_compile.selected_attention(
         q, k, v, block_indices, l_sel, q_start, cu_seqlens, default_scale(q, scale), impl

@@ -122,14 +122,15 @@ def check_key_placement(q: Tensor, k: Tensor, *, q_start: Tensor | None, cu_seql
         raise ValueError(f"k: expected s = t = {t} keys without q_start, got shape {tuple(k.shape)}")
 
 
-def check_block_indices(block_indices: object, q: Tensor, k: Tensor, *, l_sel: int) -> None:
-    """Check selected blocks int32 [b, t, g, n_sel]: existing ones, none twice, -1 in unused slots."""
+def check_block_indices(block_indices: object, q: Tensor, k: Tensor, *, l_sel: int, q_start: Tensor | None) -> None:
+    """Check selected blocks int32 [b, t, g, n_sel]: up to the queries' own, none twice, -1 in unused slots."""
     tensor = check_tensor("block_indices", block_indices)
     if tensor.ndim != 4 or tensor.shape[-1] == 0:
         raise ValueError(f"block_indices: expected shape [b, t, g, n_sel] with n_sel >= 1, got {tuple(tensor.shape)}")
     check_int_tensor("block_indices", tensor, (q.shape[0], q.shape[1], k.shape[2], tensor.shape[-1]), q.device)
     if values_are_visible(tensor):
-        n_blocks = -(-k.shape[1] // l_sel)
+        tokens = k.shape[1] if q_start is None else max(k.shape[1], int(q_start.max()) + q.shape[1])
+        n_blocks = -(-tokens // l_sel)
         low, high = (int(x) for x in tensor.aminmax())
         if low < -1 or high >= n_blocks:
             raise ValueError(f"block_indices: expected values in -1 … {n_blocks - 1}, got {low} … {high}")

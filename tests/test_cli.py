@@ -1,0 +1,230 @@
+"""The commands at tiny sizes: what they print and leave, and errors of one line."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nsa_compile import NSACache, NSALanguageModel, cli
+from nsa_compile.train import METRICS_FILE, find_checkpoint
+
+SIZES = {
+    "seq-len": 24, "batch-size": 2, "warmup": 2, "eval-batches": 1, "n-layers": 1, "dim": 16, "n-heads": 2,
+    "n-kv-groups": 1, "d-k": 8, "d-v": 8, "l": 4, "d": 2, "l-sel": 4, "n-sel": 3, "w": 6,
+}  # fmt: skip
+TINY = ["--no-compile", *itertools.chain.from_iterable((f"--{name}", size) for name, size in SIZES.items())]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def losses(folder):
+    return [(m["step"], m["loss"]) for m in map(json.loads, (folder / METRICS_FILE).read_text().splitlines())]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(4):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {i} is {number * i}\n" for i in range(200)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """A finished run: its folder and what the command printed."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    result = run("train", "--text", text, "--out", folder, "--steps", 6, *TINY)
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout
+
+
+def one_line_error(result, *words):
+    assert result.exit_code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_demo_shows_what_it_did_and_leaves_its_files(text, tmp_path):
+    out = tmp_path / "demo"
+    result = run("demo", "--text", text, "--out", out, "--steps", 3, "--no-compile")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    for words in ("step 3/3 loss", "tokens/s", "nominal / actual", "Gates on held-out text", "within 1e-09",
+                  "entropy of single bytes", str(out / METRICS_FILE)):  # fmt: skip
+        assert words in shown
+    assert [step for step, _ in losses(out)] == [1, 2, 3]
+    steps = [json.loads(line) for line in (out / cli.DECODE_FILE).read_text().splitlines()]
+    model = cli.DEMO_MODEL
+    assert [step["cached"] for step in steps] == list(range(cli.DEMO_PROMPT + 1, cli.DEMO_PROMPT + cli.DEMO_NEW))
+    for step in steps:
+        cmp, slc, win = (step["cached"] - model.l) // model.d + 1, model.n_sel * model.l_sel, model.w
+        assert step["nominal"] == [cmp, slc, win, cmp + slc + win]
+        for read in (group for layer in step["actual"] for group in layer):
+            assert read[0] == cmp and 0 < read[1] <= slc and read[2] == win and read[3] == sum(read[:3])
+    assert max(model.n_sel * model.l_sel, model.w) < cli.DEMO_PROMPT  # blocks are dropped
+    NSALanguageModel.from_pretrained(find_checkpoint(out))
+    one_line_error(run("demo", "--text", text, "--out", out, "--steps", 3, "--no-compile"), "out:", "step-000003")
+
+
+def test_demo_fails_where_decode_differs(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "decode_difference", lambda model, prompt, new: 1e-3)
+    result = run("demo", "--text", text, "--out", tmp_path / "demo", "--steps", 1, "--no-compile")
+    assert result.exit_code == 1
+    assert "NOT within 1e-09" in " ".join(result.stdout.split())
+
+
+def test_decode_difference_sees_a_wrong_cache(monkeypatch):
+    torch.manual_seed(0)
+    model = NSALanguageModel(cli.DEMO_MODEL)
+    prompt, new = list(range(100, 164)), list(range(8))
+    assert cli.decode_difference(model, prompt, new) <= cli.DECODE_TOLERANCE
+    reserve = NSACache.reserve
+
+    def lose_a_key(cache, counts):
+        reserve(cache, counts)
+        if counts == 1:
+            cache.layers[0].buffers["k_slc"][:, 3] += 1.0
+
+    monkeypatch.setattr(NSACache, "reserve", lose_a_key)
+    assert cli.decode_difference(model, prompt, new) > cli.DECODE_TOLERANCE
+
+
+def test_without_a_compiler_the_demo_says_so_and_runs(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "cpp_compiler", lambda: None)
+    result = run("demo", "--text", text, "--out", tmp_path / "demo", "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "no C++ compiler on PATH" in result.stdout and "not compiled" in result.stdout
+
+
+def test_demo_folders_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nsa-demo", "nsa-demo-2", "nsa-demo-3"):
+        assert cli.free_folder("nsa-demo").name == name
+        (tmp_path / name).mkdir()
+
+
+def test_train_prints_and_leaves_a_run(trained):
+    folder, shown = trained
+    assert "4 files" in shown and "step 6/6  loss" in shown and "loss on held-out text" in shown
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4, 5, 6]
+    assert find_checkpoint(folder).name == "step-000006"
+
+
+def test_an_interrupted_train_resumes_with_the_same_losses(text, trained, tmp_path, monkeypatch):
+    arguments = ("train", "--text", text, "--out", tmp_path, "--steps", 6, *TINY)
+    train = cli.train
+
+    def interrupted_train(*args, on_step, **kwargs):
+        def on_step_then_interrupt(metrics):
+            on_step(metrics)
+            if metrics.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return train(*args, on_step=on_step_then_interrupt, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "train", interrupted_train)
+        result = run(*arguments)
+    assert result.exit_code == 0 and "interrupted after step 3" in result.stdout
+    assert run(*arguments, "--resume").exit_code == 0
+    assert losses(tmp_path) == losses(trained[0])
+    one_line_error(run(*arguments, "--resume", "--lr", 0.5), "resume: expected the run's lr = 0.001, got 0.5")
+    one_line_error(run(*arguments, "--resume", "--w", 7), "resume: expected the model's w = 6, got 7")
+
+
+def test_dense_attention_trains(text, tmp_path):
+    result = run(
+        "train", "--text", text, "--out", tmp_path, "--steps", 1, "--attention", "dense", "--dtype", "bf16", *TINY
+    )
+    assert result.exit_code == 0 and "dense attention" in result.stdout
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_generate_continues_a_prompt(trained, newest):
+    folder = trained[0] if newest else find_checkpoint(trained[0])
+    arguments = ("generate", folder, "--prompt", "2 times ü", "--max-new-tokens", 20)
+    first, again = run(*arguments, "--seed", 3), run(*arguments, "--seed", 3)
+    assert first.exit_code == 0, first.output
+    assert first.stdout == again.stdout and first.stdout.endswith("\n")
+    assert first.stdout != run(*arguments, "--seed", 4).stdout
+
+
+def test_a_stream_joins_bytes_to_characters_and_shows_no_control_ones(capsys):
+    stream = cli.TextStream()
+    for byte in (*"aü\n\t".encode(), None, 0x1B, 0xC3):
+        stream.write(byte)
+    stream.close()
+    assert capsys.readouterr().out == "aü\n\t\ufffd\ufffd\n"
+
+
+def test_info_says_which_implementation_runs_and_why(monkeypatch):
+    result = run("info", "--device", "cpu")
+    assert result.exit_code == 0
+    assert torch.__version__ in result.stdout and "C++ compiler" in result.stdout
+    for op in cli.OPS:
+        assert re.search(rf"{op} +│ reference +│ ", result.stdout)
+    monkeypatch.setattr(cli, "cpp_compiler", lambda: None)
+    assert "none: torch.compile cannot compile for the CPU" in run("info", "--device", "cpu").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("train", "--text", "nowhere"), "text: expected files or folders"),
+        (("train", "--steps", "0"), "steps: expected at least 1"),
+        (("train", "--device", "nonsense"), "device: expected one that torch can use here, got 'nonsense'"),
+        (("train", "--l", "5"), "l: expected a multiple of d"),
+        (("train", "--phi", "max"), "phi: expected one of 'avg', 'mlp'"),
+        (("train", "--resume", "--out", "nothing-here"), "resume: expected a folder with checkpoints"),
+        (("generate", "nowhere", "--prompt", "a"), "expected one with config.json"),
+        (("info", "--device", "nonsense"), "device: expected"),
+    ],
+)
+def test_errors_are_one_line(arguments, words, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extra = ("--no-compile", "--text", text) if arguments[0] == "train" else ()
+    one_line_error(run(*arguments, *extra), words)
+
+
+def test_generate_refuses_bad_sampling_and_prompts(trained):
+    for arguments, words in (
+        (("--prompt", "a", "--temperature", "-1"), "temperature: expected a finite number >= 0, got -1.0"),
+        (("--prompt", "a", "--top-p", "0"), "top_p: expected a number in (0, 1], got 0.0"),
+        (("--prompt", ""), "prompts: expected at least 1 token in every row"),
+        (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens: expected at least 1"),
+    ):
+        one_line_error(run("generate", trained[0], *arguments), words)
+
+
+def test_a_loss_that_is_not_finite_is_one_line(text, tmp_path):
+    result = run("train", "--text", text, "--out", tmp_path, "--steps", 20, *TINY, "--lr", 1e30, "--clip", 1e30)
+    one_line_error(result, "expected a finite number at step")
+
+
+def test_traceback_shows_where_an_error_comes_from():
+    result = run("--traceback", "train", "--steps", 0)
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "generate", "info"])
+def test_help_tells_what_a_command_does(command):
+    result = run(*([command] if command else []), "--help")
+    assert result.exit_code == 0
+    words = {"": "demo", "demo": "exit code 1", "train": "--resume", "generate": "streaming", "info": "compiler"}
+    assert words[command] in result.stdout
+
+
+def test_the_entry_point_prints_no_traceback():
+    command = [sys.executable, "-c", "from nsa_compile.cli import main; main()", "generate", "nowhere", "--prompt", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

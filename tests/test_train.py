@@ -1,0 +1,303 @@
+"""Text, batches, the training loop: schedule, checkpoints, exact resume, interruption, losses that are not finite."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from nsa_compile import NSAConfig, NSALanguageModel
+from nsa_compile.data import (
+    Corpus,
+    find_text,
+    load_text,
+    training_batch,
+    unigram_entropy,
+    validation_batches,
+)
+from nsa_compile.train import METRICS_FILE, TrainConfig, find_checkpoint, make_optimizer, train
+
+MODEL = NSAConfig(
+    dim=16, n_heads=2, n_kv_groups=1, d_k=8, d_v=8, l=4, d=2, l_sel=4, n_sel=3, w=6, n_layers=1, vocab_size=256
+)
+CONFIG = TrainConfig(
+    steps=8, seq_len=24, batch_size=2, lr=1e-2, warmup=2, compile=False, eval_every=4, eval_batches=2, save_every=3
+)
+
+
+def make_model(seed: int = 0) -> NSALanguageModel:
+    torch.manual_seed(seed)
+    return NSALanguageModel(MODEL)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    text = b"".join(b"%d times %d is %d\n" % (i, j, i * j) for i in range(30) for j in range(9))
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return Corpus(tokens[600:], tokens[:600], 2, "tables")
+
+
+def read_metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def losses(folder) -> list[tuple]:
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"], m.get("val_loss")) for m in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus, tmp_path_factory):
+    """A run without a break: its folder and final weights."""
+    folder, model = tmp_path_factory.mktemp("unbroken"), make_model()
+    train(model, corpus, CONFIG, folder)
+    return folder, model.state_dict()
+
+
+@pytest.fixture
+def texts(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.txt").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "c.md").write_text("third ümlaut")
+    (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "zero.txt").write_bytes(b"a\x00b")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    for hidden in (".git", "__pycache__"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / "d.txt").write_text("not this")
+    return tmp_path
+
+
+def test_folders_give_their_text_files_in_order_with_zero_bytes_between(texts):
+    corpus = load_text([texts])
+    assert corpus.n_files == 3
+    parts = [bytes(x.tolist()) for x in (corpus.train, corpus.validation)]
+    assert sorted(b"\0".join(parts).split(b"\0")) == [b"first", b"second", "third ümlaut".encode()]
+    order = [b"first", b"second", "third ümlaut".encode()]
+    assert parts[0].split(b"\0") == [text for text in order if text in parts[0]]
+    assert len(parts[1].split(b"\0")) == 1  # whole files are held out, here one
+    assert corpus.digest() == load_text([texts]).digest()
+    assert [name for name, _ in find_text([texts, texts / "a.txt"])] == sorted(name for name, _ in find_text([texts]))
+
+
+def test_what_is_held_out_depends_on_names_only(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        for i in range(40):
+            (tmp_path / folder / f"{i}.txt").write_text(f"{folder} file {i}")
+    held = [bytes(load_text([tmp_path / f], held_out=0.3).validation.tolist()).decode() for f in ("x", "y")]
+    assert held[0].replace("x", "y") == held[1]
+    assert 4 <= held[0].count("file") <= 20
+
+
+def test_of_a_single_file_the_end_is_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    corpus = load_text([tmp_path / "a.txt"], held_out=0.1)
+    assert (corpus.train.numel(), corpus.validation.numel()) == (90, 10)
+
+
+def test_the_default_text_is_the_standard_library():
+    names = [name for name, _ in find_text()]
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert all(name.endswith(".py") and "site-packages" not in name for name in names)
+
+
+def test_text_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"text: expected files or folders, got .*nowhere, which does not exist"):
+        load_text([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="text: expected text files, got none in"):
+        load_text([tmp_path])
+    (tmp_path / "image").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="text: expected UTF-8 text, got none in"):
+        load_text([tmp_path])
+
+
+def test_a_batch_depends_on_seed_and_step_only(corpus):
+    shape = {"batch_size": 4, "seq_len": 9}
+    batches = {
+        (seed, step): training_batch(corpus.train, step, seed=seed, **shape) for seed in (0, 1) for step in (0, 1)
+    }
+    torch.manual_seed(7)  # the global generator plays no part
+    for (seed, step), batch in batches.items():
+        assert batch.shape == (4, 9) and batch.dtype == torch.int64
+        assert torch.equal(batch, training_batch(corpus.train, step, seed=seed, **shape))
+    assert len({tuple(batch.flatten().tolist()) for batch in batches.values()}) == 4
+
+
+def test_windows_reach_both_ends_of_the_text():
+    tokens = torch.arange(12, dtype=torch.uint8)
+    drawn = torch.cat([training_batch(tokens, step, seed=0, batch_size=8, seq_len=4) for step in range(20)])
+    assert set(drawn[:, 0].tolist()) == set(range(9))
+    assert torch.equal(drawn, drawn[:, :1] + torch.arange(4))
+    held = list(validation_batches(tokens, 2, batch_size=2, seq_len=4))
+    assert [batch[:, 0].tolist() for batch in held] == [[0, 2], [5, 8]]
+
+
+def test_unigram_entropy_is_that_of_the_bytes():
+    assert unigram_entropy(torch.arange(256, dtype=torch.uint8)) == pytest.approx(math.log(256))
+    assert unigram_entropy(torch.tensor([1, 1, 1, 2], dtype=torch.uint8)) == pytest.approx(0.5623, abs=1e-4)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    config = TrainConfig(steps=110, warmup=10, lr=1.0, final_lr=0.1)
+    rates = [config.lr_at(step) for step in range(110)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert (rates[10 + 33] + rates[109 - 33]) / 2 == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("steps", 0), ("seq_len", 1), ("batch_size", 0), ("lr", 0.0), ("lr", math.nan), ("warmup", -1), ("clip", -1.0),
+     ("final_lr", 2.0), ("dtype", "fp8"), ("weight_decay", -0.1), ("save_every", 0)],
+)  # fmt: skip
+def test_bad_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got"):
+        TrainConfig(**{name: value})
+
+
+def test_only_matrices_decay():
+    model = make_model()
+    decay, keep = make_optimizer(model, CONFIG).param_groups
+    assert decay["weight_decay"] == CONFIG.weight_decay and keep["weight_decay"] == 0
+    assert {p.ndim for p in decay["params"]} == {2} and {p.ndim for p in keep["params"]} == {1}
+    assert len(decay["params"]) + len(keep["params"]) == len(list(model.parameters()))
+
+
+def test_a_run_leaves_metrics_and_one_checkpoint(unbroken):
+    folder, weights = unbroken
+    metrics = read_metrics(folder)
+    assert [m["step"] for m in metrics] == list(range(1, 9))
+    assert all({"step", "loss", "lr", "grad_norm", "tokens_per_s"} <= set(m) for m in metrics)
+    assert [m["step"] for m in metrics if "val_loss" in m] == [4, 8]
+    assert sorted(path.name for path in folder.iterdir()) == [METRICS_FILE, "step-000008"]
+    loaded = NSALanguageModel.from_pretrained(find_checkpoint(folder)).state_dict()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_training_learns(corpus, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=60, batch_size=8, eval_every=60)
+    result = train(make_model(), corpus, config, tmp_path)
+    assert result.val_loss < unigram_entropy(corpus.train) - 0.2
+
+
+class Stopped(Exception):
+    """Stands for a process that dies."""
+
+
+@pytest.mark.parametrize("dies_after", [4, 6])
+def test_a_resumed_run_equals_an_unbroken_one(corpus, tmp_path, unbroken, dies_after):
+    def die(metrics):
+        if metrics.step == dies_after:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(make_model(), corpus, CONFIG, tmp_path, on_step=die)
+    assert find_checkpoint(tmp_path).name == "step-000003"
+    other_weights = make_model(seed=1)
+    result = train(other_weights, corpus, CONFIG, tmp_path, resume=True)
+    assert result.step == 8 and not result.interrupted
+    assert losses(tmp_path) == losses(unbroken[0])
+    assert all(torch.equal(x, unbroken[1][name]) for name, x in other_weights.state_dict().items())
+
+
+def test_sigint_saves_and_the_run_resumes_exactly(corpus, tmp_path, unbroken):
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(metrics):
+        if metrics.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = train(make_model(), corpus, CONFIG, tmp_path, on_step=interrupt)
+    assert result.interrupted and result.step == 5 and result.checkpoint.name == "step-000005"
+    assert signal.getsignal(signal.SIGINT) is before
+    train(make_model(seed=1), corpus, CONFIG, tmp_path, resume=True)
+    assert losses(tmp_path) == losses(unbroken[0])
+
+
+def test_a_second_sigint_ends_the_run_at_once(corpus, tmp_path):
+    def interrupt(metrics):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one comes through")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), corpus, CONFIG, tmp_path, on_step=interrupt)
+
+
+def test_compiled_training_resumes_exactly(corpus, tmp_path):
+    torch.compiler.reset()
+    config = dataclasses.replace(CONFIG, steps=4, save_every=2, compile=True)
+    train(make_model(), corpus, config, tmp_path / "whole")
+
+    def interrupt(metrics):
+        if metrics.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train(make_model(), corpus, config, tmp_path / "broken", on_step=interrupt)
+    train(make_model(), corpus, config, tmp_path / "broken", resume=True)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(corpus, tmp_path):
+    model = make_model()
+    poisoned = {}
+
+    def poison(metrics):
+        if metrics.step == 4:
+            with torch.no_grad():
+                model.norm.weight[0] = math.inf
+            poisoned.update({name: x.clone() for name, x in model.state_dict().items()})
+
+    with pytest.raises(FloatingPointError, match=r"loss: expected a finite number at step 5, got (nan|inf)"):
+        train(model, corpus, CONFIG, tmp_path, on_step=poison)
+    assert all(torch.equal(x, poisoned[name]) for name, x in model.state_dict().items())
+    assert find_checkpoint(tmp_path).name == "step-000003"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(corpus, tmp_path):
+    model = make_model()
+    model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="gradient norm: expected a finite number at step 1, got nan"):
+        train(model, corpus, CONFIG, tmp_path)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_what_does_not_fit_is_refused(corpus, tmp_path, unbroken):
+    short = Corpus(corpus.train[:24], corpus.validation, 1, "short")
+    with pytest.raises(ValueError, match=r"text: expected at least seq_len \+ 1 = 25 bytes for training, got 24"):
+        train(make_model(), short, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="resume: expected a folder with checkpoints"):
+        train(make_model(), corpus, CONFIG, tmp_path, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+    folder = unbroken[0]
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"out: expected a folder without checkpoints, or resume, got"):
+        train(make_model(), corpus, CONFIG, folder)
+    with pytest.raises(ValueError, match=r"resume: expected the run's lr = 0\.01, got 0\.5"):
+        train(make_model(), corpus, dataclasses.replace(CONFIG, lr=0.5), folder, resume=True)
+    with pytest.raises(ValueError, match="resume: expected the text that the run was trained on"):
+        train(make_model(), corpus._replace(train=corpus.validation), CONFIG, folder, resume=True)
+    with pytest.raises(ValueError, match="resume: expected the model's w = 6, got 7"):
+        train(NSALanguageModel(dataclasses.replace(MODEL, w=7)), corpus, CONFIG, folder, resume=True)
+    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_half_written_checkpoint_does_not_count(corpus, tmp_path):
+    (tmp_path / ".step-000099.part").mkdir()
+    assert find_checkpoint(tmp_path) is None
+    assert train(make_model(), corpus, CONFIG, tmp_path).checkpoint.name == "step-000008"
+
+
+def test_bf16_trains_weights_of_that_type(corpus, tmp_path):
+    model = make_model()
+    train(model, corpus, dataclasses.replace(CONFIG, dtype="bf16", steps=2), tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert NSALanguageModel.from_pretrained(find_checkpoint(tmp_path), dtype=torch.bfloat16)
