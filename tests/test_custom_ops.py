@@ -119,7 +119,7 @@ def test_lse_alone_and_output_alone_pass_gradients():
 
 
 def test_queries_that_see_nothing_give_finite_gradients_through_the_lse():
-    q, k, v, k_cmp, v_cmp, *_ = make_inputs("plain")
+    q, _, _, k_cmp, v_cmp, *_ = make_inputs("plain")
     o, lse = compressed_attention(q, k_cmp, v_cmp, l=L, d=D)
     assert torch.isneginf(lse[:, : L - 1]).all() and torch.isfinite(lse[:, L - 1 :]).all()
     for grad in torch.autograd.grad((o, lse), (q, k_cmp, v_cmp), (torch.ones_like(o), torch.ones_like(lse))):
