@@ -49,7 +49,7 @@ class GateMLP(nn.Module):
         nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x: Tensor, q: Tensor) -> Tensor:
-        """Gates for hidden states x [b, t, dim] and unrotated queries q [b, t, n_heads, d_k], in the type of x."""
+        """Gates for hidden states x [b, t, dim] and unrotated queries q [b, t, n_heads, d_k], in the type of q."""
         softmax = self.kind == "softmax"
         features = reduce(q, "b t (g h) k -> b t g k", "mean", g=self.g) if softmax else x
         logits = self.fc2(nn.functional.silu(self.fc1(features)))
@@ -59,7 +59,7 @@ class GateMLP(nn.Module):
             gates = repeat(gates, "b t g c -> b t (g h) c", h=self.n_heads // self.g)
         else:
             gates = torch.sigmoid(rearrange(logits, "b t (n c) -> b t n c", c=3))
-        return gates.to(x.dtype)
+        return gates.to(q.dtype)
 
 
 class MeanCompressor(nn.Module):
