@@ -53,10 +53,11 @@ class DenseAttention(nn.Module):
         q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
         k = rearrange(self.W_K(x), "b t (g k) -> b t g k", k=c.d_k)
         v = rearrange(self.W_V(x), "b t (g v) -> b t g v", v=c.d_v)
+        if layer is not None:
+            layer.check_room(k, lengths)
         layout = query_layout(x, None if layer is None else layer.positions, cu_seqlens)
         q, k = (apply_rope(y, layout.position, theta=c.rope_theta) for y in (q, k))
         if layer is not None:
-            layer.check_room(k, lengths)
             layer.append("k", k, lengths)
             layer.append("v", v, lengths)
             layer.advance(t, lengths)

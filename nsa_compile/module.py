@@ -198,13 +198,14 @@ class NSAAttention(nn.Module):
         k_cmp, k_slc, k_win = (self._project(f"W_K{p}", x) for p in projections)
         v_cmp, v_slc, v_win = (self._project(f"W_V{p}", x) for p in projections)
 
+        if layer is not None:
+            layer.check_room(k_slc, lengths)
         positions = query_layout(x, None if layer is None else layer.positions, cu_seqlens).position
         q, k_slc, k_win = (apply_rope(y, positions, theta=c.rope_theta) for y in (q, k_slc, k_win))
         q_start = q_start_win = None
         if layer is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)
         else:
-            layer.check_room(k_slc, lengths)
             q_start = layer.positions.clamp_max(layer.capacity - 1)  # a full row is idle
             k_cmp, v_cmp = self._extend_compressed(layer, k_cmp, v_cmp, lengths)
             if not c.tie_kv:

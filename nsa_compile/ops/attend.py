@@ -56,15 +56,23 @@ def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention over the visible keys: o [b, t, g, h, d_v] and natural-log LSE [b, t, g, h].
 
-    A query that sees nothing gets o = 0 and LSE = -inf.
+    A query that sees nothing gets o = 0 and LSE = -inf. NaN and infinity in a key or value it does not see leave it
+    alone; a value it sees makes its output NaN.
     """
     scores = masked_scores(q, k, visible, scale)
     largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
     largest = largest.masked_fill(largest == float("-inf"), 0.0)
     p = torch.exp(scores - largest)
     total = p.sum(-1, keepdim=True)
-    o = einsum(p, v, f"b t g h s, {key_axes(v)} d -> b t g h d") / total.masked_fill(total == 0, 1.0)
+    o = einsum(p, finite(v), f"b t g h s, {key_axes(v)} d -> b t g h d") / total.masked_fill(total == 0, 1.0)
+    broken = rearrange(~v.isfinite().all(-1), "b s g -> b 1 g s" if v.ndim == 4 else "b t g s -> b t g s")
+    o = o.masked_fill((visible & broken).any(-1)[..., None, None], float("nan"))
     return o, (largest + total.log()).squeeze(-1)
+
+
+def finite(x: Tensor) -> Tensor:
+    """x with 0 for NaN and infinity, for products in which hidden rows have the factor 0."""
+    return x.masked_fill(~x.isfinite(), 0.0)
 
 
 def attend_backward(
@@ -77,9 +85,9 @@ def attend_backward(
     kv = key_axes(k)
     p = probabilities(masked_scores(q, k, visible, scale), lse)
     grad_v = einsum(p, grad_o, f"b t g h s, b t g h d -> {kv} d")
-    grad_p = einsum(grad_o, v, f"b t g h d, {kv} d -> b t g h s")
+    grad_p = einsum(grad_o, finite(v), f"b t g h d, {kv} d -> b t g h s")
     grad_s = p * (grad_p - delta.unsqueeze(-1)) * scale
-    grad_q = einsum(grad_s, k, f"b t g h s, {kv} d -> b t g h d")
+    grad_q = einsum(grad_s, finite(k), f"b t g h s, {kv} d -> b t g h d")
     grad_k = einsum(grad_s, q, f"b t g h s, b t g h d -> {kv} d")
     return grad_q, grad_k, grad_v
 
@@ -93,7 +101,7 @@ def attend_in_chunks(
     for part in chunks:
         index, visible = view(part)
         q_part = split_heads(q, k.shape[2], layout, part)
-        o_part, lse_part = attend(q_part, pick(k, index, visible), pick(v, index, visible), visible, scale)
+        o_part, lse_part = attend(q_part, pick(k, index), pick(v, index), visible, scale)
         o[:, part] = rearrange(o_part, "b t g h d -> b t (g h) d")
         lse[:, part] = rearrange(lse_part, "b t g h -> b t (g h)")
     return o, lse
@@ -114,22 +122,20 @@ def attend_in_chunks_backward(
         if grad_lse is not None:
             delta = delta - rearrange(grad_lse[:, part], "b t (g h) -> b t g h", g=k.shape[2])
         delta = delta.masked_fill(lse_part == float("-inf"), 0.0)
-        k_part, v_part = pick(k, index, visible), pick(v, index, visible)
-        dq, dk, dv = attend_backward(q_part, k_part, v_part, visible, scale, lse_part, grad_o_part, delta)
+        dq, dk, dv = attend_backward(
+            q_part, pick(k, index), pick(v, index), visible, scale, lse_part, grad_o_part, delta
+        )
         grad_q[:, part] = rearrange(dq, "b t g h d -> b t (g h) d")
         add_picked(grad_k, index, dk)
         add_picked(grad_v, index, dv)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def pick(x: Tensor, index: KeyIndex, visible: Tensor) -> Tensor:
-    """The picked rows of x [b, s, g, d] in the compute type, 0 where no query sees them, whatever the buffer holds."""
+def pick(x: Tensor, index: KeyIndex) -> Tensor:
+    """The picked rows of x [b, s, g, d] in the compute type."""
     if isinstance(index, slice):
-        picked = x[:, index]
-    else:
-        picked = rows_of(x, index).index_select(0, flat_index(index, x)).unflatten(0, index.shape)
-    seen = visible.unsqueeze(-1) if picked.ndim == 5 else rearrange(visible.any(1), "b g s -> b s g 1")
-    return picked.to(compute_dtype(x)).masked_fill(~seen, 0.0)
+        return x[:, index].to(compute_dtype(x))
+    return rows_of(x, index).index_select(0, flat_index(index, x)).unflatten(0, index.shape).to(compute_dtype(x))
 
 
 def add_picked(grad: Tensor, index: KeyIndex, picked: Tensor) -> None:

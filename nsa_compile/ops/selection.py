@@ -41,7 +41,7 @@ def visible_probabilities(q, k_cmp, lse, layout, view, part: slice, scale: float
     _, visible = view(part)
     q_part = split_heads(q, k_cmp.shape[2], layout, part)
     lse_part = rearrange(lse[:, part], "b t (g h) -> b t g h", g=k_cmp.shape[2])
-    return probabilities(masked_scores(q_part, pick(k_cmp, slice(None), visible), visible, scale), lse_part)
+    return probabilities(masked_scores(q_part, pick(k_cmp, slice(None)), visible, scale), lse_part)
 
 
 def selection_scores(
