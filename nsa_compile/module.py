@@ -104,7 +104,8 @@ class MLPCompressor(MeanCompressor):
             x, stride = rearrange(blocks, "b c l g x -> b (c l) g x"), self.l
         # the convolution as matrix products: a block is `parts` neighbouring strides
         parts = self.l // stride
-        strides = rearrange(x[:, : (c + parts - 1) * stride], "b (c d) g x -> b c g (d x)", d=stride)
+        padded = nn.functional.pad(x, (0, 0, 0, 0, 0, stride - x.shape[1] % stride))  # always some: one graph for all
+        strides = rearrange(padded, "b (c d) g x -> b c g (d x)", d=stride)
         weights = rearrange(self.conv.weight, "e x (r d) -> r e (d x)", d=stride)
         features = torch.einsum("exl,lx->e", self.conv.weight, self.position)  # positions are the same in every block
         for r in range(parts):
