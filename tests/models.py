@@ -12,7 +12,8 @@ LAYER = {
 }  # fmt: skip
 MODEL = {**LAYER, "vocab_size": 31, "n_layers": 2}
 CHOICES = [
-    {"phi": phi, "gate": gate, "tie_kv": tie} for phi in ("avg", "mlp") for gate in ("softmax", "sigmoid") for tie in (False, True)
+    {"phi": phi, "gate": gate, "tie_kv": tie}
+    for phi in ("avg", "mlp") for gate in ("softmax", "sigmoid") for tie in (False, True)
 ]  # fmt: skip
 
 
