@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.module import GateMLP, MLPCompressor, NSAAttention, check_layer_input, check_row_layout
-from nsa_compile.ops.checks import check_tensor
+from nsa_compile.ops.checks import check_tensor, values_are_visible
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import query_layout
 from nsa_compile.ops.rope import apply_rope
@@ -161,6 +161,9 @@ class NSALanguageModel(nn.Module):
         """
         if check_tensor("ids", ids).dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"ids: expected integers [b, t] with b, t >= 1, got {ids.dtype} {tuple(ids.shape)}")
+        if values_are_visible(ids) and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            low, high = (int(x) for x in ids.aminmax())
+            raise ValueError(f"ids: expected values in 0 … {self.config.vocab_size - 1}, got {low} … {high}")
         check_row_layout(ids, cache, cu_seqlens, lengths)
         x = self.embed(ids)
         for layer in self.layers:

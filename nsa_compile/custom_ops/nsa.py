@@ -10,6 +10,7 @@ from nsa_compile.custom_ops.gating import gated_sum
 from nsa_compile.custom_ops.selection import selected_attention
 from nsa_compile.custom_ops.window import window_attention
 from nsa_compile.ops import nsa as reference
+from nsa_compile.ops.checks import check_blocks, check_heads, check_int, check_layout, check_selected
 from nsa_compile.ops.nsa import Branches
 
 
@@ -46,6 +47,18 @@ def nsa_attention(
 
     Raises: ValueError or TypeError naming the argument, what was expected and what came.
     """
+    sizes = check_layout(
+        {
+            "q": (q, "b t n d_k"), "k_cmp": (k_cmp, "b c g d_k"), "v_cmp": (v_cmp, "b c g d_v"),
+            "k_slc": (k_slc, "b s g d_k"), "v_slc": (v_slc, "b s g d_v"),
+            "k_win": (k_win, "b s_win g d_k"), "v_win": (v_win, "b s_win g d_v"), "gates": (gates, "b t n branches"),
+        },
+        {"branches": 3},
+    )  # fmt: skip
+    check_heads(sizes["n"], sizes["g"])
+    check_blocks(l=l, d=d, l_sel=l_sel)
+    check_selected(n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks)
+    check_int("w", w)
     return reference.nsa_attention(
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, branches=op_branches(impl), l=l, d=d, l_sel=l_sel,
         n_sel=n_sel, w=w, init_blocks=init_blocks, local_blocks=local_blocks,
