@@ -320,7 +320,7 @@ def test_a_cached_call_with_packing_or_gradients_or_another_model():
     with torch.no_grad():
         with pytest.raises(ValueError, match="cu_seqlens: expected None together with cache, got both"):
             layer(x, cache=cache, cu_seqlens=int32(0, 5))
-        with pytest.raises(ValueError, match="cache: expected one made by NSACache.for_model for this"):
+        with pytest.raises(ValueError, match=r"cache: expected one made by NSACache.for_model for this"):
             other(x, cache=cache)
         with pytest.raises(ValueError, match=r"cache: expected at most 9 tokens \(its capacity\), got 10"):
             layer(torch.randn(1, 10, 16), cache=cache)
