@@ -9,7 +9,14 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from nsa_compile.config import NSAConfig
-from nsa_compile.module import GateMLP, MLPCompressor, NSAAttention, check_layer_input, check_row_layout
+from nsa_compile.module import (
+    GateMLP,
+    MLPCompressor,
+    NSAAttention,
+    check_layer_input,
+    check_row_layout,
+    valid_tokens,
+)
 from nsa_compile.ops.checks import check_tensor, values_are_visible
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import query_layout
@@ -47,7 +54,7 @@ class DenseAttention(nn.Module):
         if branch is not None:
             raise ValueError(f"branch: expected None (dense attention has no branches), got {branch!r}")
         layer = None if cache is None else cache.layer(self)
-        valid = None if lengths is None else torch.arange(t, device=x.device) < lengths[:, None]
+        valid = valid_tokens(x, cu_seqlens, lengths)
         if valid is not None:
             x = torch.where(valid[..., None], x, 0.0)
         q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
@@ -69,8 +76,6 @@ class DenseAttention(nn.Module):
             mask = ((key >= layout.first[..., None]) & (key <= own)).unsqueeze(1)
         q, k, v = (rearrange(y, "b t n x -> b n t x") for y in (q, k, v))
         o = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        if cu_seqlens is not None:
-            o = torch.where(layout.valid[:, None, :, None], o, 0.0)
         y = self.out(rearrange(o, "b n t v -> b t (n v)"))
         return y if valid is None else torch.where(valid[..., None], y, 0.0)
 
@@ -181,10 +186,10 @@ class NSALanguageModel(nn.Module):
         ids [b, t] with t >= 2; `cu_seqlens` and `lengths` as in `forward`. Compiles to one graph.
         """
         logits = self(ids, None, cu_seqlens, lengths)[:, :-1]
-        layout = query_layout(ids, None, cu_seqlens)
-        target = torch.where(layout.valid[:, 1:] & (layout.position[:, 1:] > 0), ids[:, 1:].long(), -100)
-        if lengths is not None:
-            target = torch.where(torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None], target, -100)
+        target = torch.where(query_layout(ids, None, cu_seqlens).position[:, 1:] > 0, ids[:, 1:].long(), -100)
+        valid = valid_tokens(ids, cu_seqlens, lengths)
+        if valid is not None:
+            target = torch.where(valid[:, 1:], target, -100)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
         return total / (target >= 0).sum().clamp_min(1)
@@ -194,9 +199,7 @@ class NSALanguageModel(nn.Module):
         self, ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
     ) -> list[GateStatistics]:
         """How each layer mixes its branches on a batch; see `gate_statistics`."""
-        valid = query_layout(ids, None, cu_seqlens).valid
-        if lengths is not None:
-            valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        valid = valid_tokens(ids, cu_seqlens, lengths)
         gates: list[Tensor] = []
         modules = [m for m in self.modules() if isinstance(m, GateMLP)]
         hooks = [m.register_forward_hook(lambda module, args, output: gates.append(output)) for m in modules]

@@ -187,7 +187,7 @@ class NSAAttention(nn.Module):
         if branch is not None and branch not in BRANCHES:
             raise ValueError(f"branch: expected None or one of {', '.join(map(repr, BRANCHES))}, got {branch!r}")
         layer = None if cache is None else cache.layer(self)
-        valid = None if lengths is None else torch.arange(t, device=x.device) < lengths[:, None]
+        valid = valid_tokens(x, cu_seqlens, lengths)
         if valid is not None:
             x = torch.where(valid[..., None], x, 0.0)
 
@@ -195,14 +195,18 @@ class NSAAttention(nn.Module):
         gates = self.gate(x, q)
         if branch is not None:
             gates = torch.eye(3, dtype=gates.dtype, device=x.device)[BRANCHES.index(branch)].expand_as(gates)
-        projections = ("", "", "") if c.tie_kv else ("_cmp", "_sel", "_win")
-        k_cmp, k_slc, k_win = (self._project(f"W_K{p}", x) for p in projections)
-        v_cmp, v_slc, v_win = (self._project(f"W_V{p}", x) for p in projections)
+        if c.tie_kv:
+            k_cmp = k_slc = k_win = self._project("W_K", x)
+            v_cmp = v_slc = v_win = self._project("W_V", x)
+        else:
+            k_cmp, k_slc, k_win = (self._project(f"W_K_{p}", x) for p in ("cmp", "sel", "win"))
+            v_cmp, v_slc, v_win = (self._project(f"W_V_{p}", x) for p in ("cmp", "sel", "win"))
 
         if layer is not None:
             layer.check_room(k_slc, lengths)
         positions = query_layout(x, None if layer is None else layer.positions, cu_seqlens).position
-        q, k_slc, k_win = (apply_rope(y, positions, theta=c.rope_theta) for y in (q, k_slc, k_win))
+        q, k_slc = (apply_rope(y, positions, theta=c.rope_theta) for y in (q, k_slc))
+        k_win = k_slc if c.tie_kv else apply_rope(k_win, positions, theta=c.rope_theta)
         q_start = q_start_win = None
         if layer is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)
@@ -285,6 +289,13 @@ def check_layer_input(
         raise ValueError("attn_mask: expected None (attention is causal; use lengths or cu_seqlens), got a mask")
     check_row_layout(x, cache, cu_seqlens, lengths)
     return x.shape[1]
+
+
+def valid_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """Which tokens of x [b, t, ...] are no padding, bool [b, t]; None where there is none."""
+    if cu_seqlens is not None:
+        return query_layout(x, None, cu_seqlens).valid
+    return None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
 def check_row_layout(x: Tensor, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
