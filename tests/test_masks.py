@@ -249,9 +249,9 @@ PACKED = {
 
 @pytest.mark.parametrize("bounds", PACKED.values(), ids=PACKED.keys())
 def test_packed_sequences_equal_sequences_alone(bounds):
-    """The tokens after the last sequence hold NaN, in queries and keys; they give 0, -inf and no blocks."""
+    """The tokens after the last sequence hold NaN, gates included; they give 0, -inf and no blocks."""
     inputs, cu_seqlens, end = draw_inputs(SHAPE, T), int32(*bounds), bounds[-1]
-    padded = Inputs(*(poison(x, [end]) if x.shape[1] == T else x for x in inputs))._replace(gates=inputs.gates)
+    padded = Inputs(*(poison(x, [end]) if x.shape[1] == T else x for x in inputs))
     results = run_all(compressed(padded, cu_seqlens=cu_seqlens), cu_seqlens=cu_seqlens)
     for lo, hi in pairwise(bounds):
         if hi > lo:
@@ -284,11 +284,11 @@ def test_unused_compressed_slots_of_packed_sequences_are_ignored():
 @pytest.mark.parametrize("bounds", [(0, 3, 36, 50), (0, 0, 20, 20, 41)], ids=["padded", "empty-ones"])
 def test_packed_padding_gives_finite_gradients_of_zero(bounds):
     inputs, cu_seqlens, end = draw_inputs(SHAPE, T), int32(*bounds), bounds[-1]
-    padded = [poison(x, [end]) if x.shape[1] == T else x for x in inputs[:-1]] + [inputs.gates]
+    padded = [poison(x, [end]) if x.shape[1] == T else x for x in inputs]
     leaves = Inputs(*(x.clone().requires_grad_() for x in padded))
     results = run_all(compressed(leaves, cu_seqlens=cu_seqlens), cu_seqlens=cu_seqlens)
     loss = results["o"].square().sum() + results["lse_win"][:, :end].sum()
-    wanted = [leaves.q, leaves.k_slc, leaves.v_slc, leaves.k_win, leaves.v_win]
+    wanted = [leaves.q, leaves.k_slc, leaves.v_slc, leaves.k_win, leaves.v_win, leaves.gates]
     for grad in torch.autograd.grad(loss, wanted):
         assert grad.isfinite().all()
         assert grad[:, end:].eq(0).all()
