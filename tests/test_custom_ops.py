@@ -92,6 +92,18 @@ def test_opcheck_backward_ops_take_any_stride(placement, layout):
         opcheck(OPS.compress_mean_backward, (grad_cmp, t, L, D, cu, "auto"))
 
 
+@pytest.mark.parametrize("count", [None, (3, 0)], ids=["all", "some"])
+@pytest.mark.parametrize("t", [1, 3, 12])
+def test_opcheck_cache_ops(t, count):
+    buffer, new = torch.randn(2, 9, 2, 4), torch.randn(2, t, 2, 4)
+    positions, index = torch.tensor([5, 2], dtype=torch.int32), torch.arange(3).repeat(2, 1)
+    count = None if count is None else torch.tensor(count, dtype=torch.int32).clamp_max(t)
+    for ring in (False, True):
+        opcheck(OPS.cache_append, (buffer, new, positions, count, ring))
+    opcheck(OPS.cache_write, (buffer, new[:, :1].repeat(1, 3, 1, 1), index, index < 2))
+    opcheck(OPS.cache_recall, (buffer, new, positions, positions - 2, 7))
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_gradcheck_through_output_and_lse(placement):
     q, k, v, k_cmp, v_cmp, gates, q_start, cu = make_inputs(placement, t=13, g=1)
@@ -149,6 +161,7 @@ def test_flop_formulas_count_the_visible_pairs():
     assert count_flops(lambda: compressed_attention(q, k_cmp, v_cmp, l=L, d=D)) == per_pair * cmp_pairs
     assert count_flops(lambda: window_attention(q, k, v, w=W)) == per_pair * win_pairs
     assert count_flops(lambda: selected_attention(q, k, v, blocks, l_sel=L_SEL)) == per_pair * slc_pairs
+    assert count_flops(lambda: compress_mean(k, l=L, d=D)) == b * k_cmp.shape[1] * L * g * d_k
     q.requires_grad_()
     both = count_flops(lambda: window_attention(q, k, v, w=W)[0].sum().backward())
     assert both == 2 * b * n * win_pairs * (d_k + d_v + 3 * d_k + 2 * d_v)

@@ -4,6 +4,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.custom_ops.dispatch import resolve_impl
 from nsa_compile.custom_ops.registration import (
@@ -76,6 +77,18 @@ def _compress_mean_gradient(ctx, grad):
 
 
 _compress_mean.register_autograd(_compress_mean_gradient, setup_context=_compress_mean_context)
+
+
+@register_flop_formula(torch.ops.nsa_compile.compress_mean)
+def _(k, l, d, cu_seqlens, impl, *args, out_shape=None, **kwargs) -> int:
+    b, s, g, x = k
+    return b * num_cmp(s, l, d) * l * g * x
+
+
+@register_flop_formula(torch.ops.nsa_compile.compress_mean_backward)
+def _(grad, s, l, d, cu_seqlens, impl, *args, out_shape=None, **kwargs) -> int:
+    b, _, g, x = grad
+    return b * num_cmp(s, l, d) * l * g * x
 
 
 def compressed_attention(
