@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from nsa_compile import NSAAttention, NSAConfig, NSALanguageModel
+from nsa_compile.cli import cpp_compiler
+
+needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
 
 LAYER = {
     "dim": 20, "n_heads": 6, "n_kv_groups": 2, "d_k": 6, "d_v": 4, "l": 4, "d": 2, "l_sel": 6, "n_sel": 4, "w": 7,

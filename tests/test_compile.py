@@ -3,7 +3,7 @@
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from models import draw_ids
+from models import draw_ids, needs_compiler
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
@@ -114,6 +114,7 @@ def test_two_hundred_decode_steps_compile_once(graphs, phi):
     graphs.assert_never_stops_the_host()
 
 
+@needs_compiler
 def test_two_hundred_decode_steps_compile_once_with_reduced_overhead(graphs):
     model = make_model(n_layers=1)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import needs_compiler
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -167,6 +168,7 @@ def test_flop_formulas_count_the_visible_pairs():
     assert both == 2 * b * n * win_pairs * (d_k + d_v + 3 * d_k + 2 * d_v)
 
 
+@needs_compiler
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_forward_and_backward_compile_to_one_graph_each(dynamic):
     q, k, v, _, _, gates, _, _ = make_inputs("plain", dtype=torch.float32)

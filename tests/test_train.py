@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from models import needs_compiler
 
 from nsa_compile import NSAConfig, NSALanguageModel
 from nsa_compile.data import (
@@ -230,6 +231,7 @@ def test_a_second_sigint_ends_the_run_at_once(corpus, tmp_path):
         train(make_model(), corpus, CONFIG, tmp_path, on_step=interrupt)
 
 
+@needs_compiler
 def test_compiled_training_resumes_exactly(corpus, tmp_path):
     torch.compiler.reset()
     config = dataclasses.replace(CONFIG, steps=4, save_every=2, compile=True)

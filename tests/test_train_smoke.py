@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from models import needs_compiler
 
 from nsa_compile import NSAAttention, NSAConfig, NSALanguageModel
 
@@ -58,6 +59,7 @@ def test_model_learns_to_copy(attention):
     assert copy_loss() < 0.5
 
 
+@needs_compiler
 def test_the_demo_learns_real_text_in_a_fresh_compile_cache(tmp_path):
     """The command as a newcomer runs it: on the standard library's sources, far below the entropy of single bytes."""
     command = [sys.executable, "-c", "from nsa_compile.cli import main; main()", "demo", "--out", str(tmp_path / "out")]
