@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.custom_ops.compression import check_compressed_placement
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.registration import compressed_pairs
 from nsa_compile.ops import selection as reference
 from nsa_compile.ops.attend import compute_dtype, default_scale
@@ -51,7 +51,7 @@ def select_blocks(
     check_blocks(l=l, d=d, l_sel=l_sel)
     check_selected(n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks)
     check_compressed_placement(q, k_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens)
-    resolve_impl("select_blocks", impl, q.device)
+    runs_triton("select_blocks", impl, q)
     return torch.ops.nsa_compile.select_blocks(
         q.detach(), k_cmp.detach(), lse.detach(), l, d, l_sel, n_sel, init_blocks, local_blocks, q_start, cu_seqlens,
         default_scale(q, scale), impl,
@@ -63,7 +63,13 @@ def _select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, l: int, d: int, l_sel: int, n_sel: int, init_blocks: int,
     local_blocks: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> Tensor:  # fmt: skip
-    resolve_impl("select_blocks", impl, q.device)
+    if runs_triton("select_blocks", impl, q):
+        from nsa_compile.custom_ops.kernels import block_choice
+
+        with torch.cuda.device_of(q):
+            return block_choice.select_blocks(
+                q, k_cmp, lse, l, d, l_sel, n_sel, init_blocks, local_blocks, q_start, cu_seqlens, scale
+            )
     return reference.select_blocks(
         q, k_cmp, lse, l=l, d=d, l_sel=l_sel, n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks,
         q_start=q_start, cu_seqlens=cu_seqlens, scale=scale,

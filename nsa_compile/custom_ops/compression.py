@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     compressed_pairs,
@@ -37,13 +37,17 @@ def compress_mean(k: Tensor, *, l: int, d: int, cu_seqlens: Tensor | None = None
     check_layout({"k": (k, "b s g channels")})
     check_blocks(l=l, d=d)
     check_placement(k, q_start=None, cu_seqlens=cu_seqlens, end=None, key="k")
-    resolve_impl("compress_mean", impl, k.device)
+    runs_triton("compress_mean", impl, k)
     return torch.ops.nsa_compile.compress_mean(k, l, d, cu_seqlens, impl)
 
 
 @torch.library.custom_op("nsa_compile::compress_mean", mutates_args=())
 def _compress_mean(k: Tensor, l: int, d: int, cu_seqlens: Optional[Tensor], impl: str) -> Tensor:
-    resolve_impl("compress_mean", impl, k.device)
+    if runs_triton("compress_mean", impl, k):
+        from nsa_compile.custom_ops.kernels import compression
+
+        with torch.cuda.device_of(k):
+            return compression.compress_mean(k, l, d, cu_seqlens)
     return reference.compress_mean(k, l=l, d=d, cu_seqlens=cu_seqlens).contiguous()
 
 
@@ -55,7 +59,11 @@ def _(k, l, d, cu_seqlens, impl):
 
 @torch.library.custom_op("nsa_compile::compress_mean_backward", mutates_args=())
 def _compress_mean_backward(grad: Tensor, s: int, l: int, d: int, cu_seqlens: Optional[Tensor], impl: str) -> Tensor:
-    resolve_impl("compress_mean", impl, grad.device)
+    if runs_triton("compress_mean", impl, grad):
+        from nsa_compile.custom_ops.kernels import compression
+
+        with torch.cuda.device_of(grad):
+            return compression.compress_mean_backward(grad, s, l, d, cu_seqlens)
     return reference.compress_mean_backward(grad, s, l=l, d=d, cu_seqlens=cu_seqlens).contiguous()
 
 
@@ -117,7 +125,7 @@ def compressed_attention(
     check_heads(sizes["n"], sizes["g"])
     check_blocks(l=l, d=d)
     check_compressed_placement(q, k_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens)
-    resolve_impl("compressed_attention", impl, q.device)
+    runs_triton("compressed_attention", impl, q, v_cmp)
     scale = default_scale(q, scale)
     return torch.ops.nsa_compile.compressed_attention(q, k_cmp, v_cmp, l, d, q_start, cu_seqlens, scale, impl)
 
@@ -140,7 +148,12 @@ def _compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, l: int, d: int, q_start: Optional[Tensor],
     cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    resolve_impl("compressed_attention", impl, q.device)
+    if runs_triton("compressed_attention", impl, q, v_cmp):
+        from nsa_compile.custom_ops.kernels import interval
+
+        with torch.cuda.device_of(q):
+            keys = interval.compressed_intervals(q, k_cmp.shape[1], l, d, q_start, cu_seqlens)
+            return interval.interval_attention(q, k_cmp, v_cmp, keys, scale)
     return reference.compressed_attention(
         q, k_cmp, v_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale
     )
@@ -156,7 +169,12 @@ def _compressed_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
     l: int, d: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    resolve_impl("compressed_attention", impl, q.device)
+    if runs_triton("compressed_attention", impl, q, v_cmp):
+        from nsa_compile.custom_ops.kernels import interval
+
+        with torch.cuda.device_of(q):
+            keys = interval.compressed_intervals(q, k_cmp.shape[1], l, d, q_start, cu_seqlens)
+            return interval.interval_attention_backward(grad_o, grad_lse, o, lse, q, k_cmp, v_cmp, keys, scale)
     return reference.compressed_attention_backward(
         grad_o, grad_lse, q, k_cmp, v_cmp, o, lse, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale
     )

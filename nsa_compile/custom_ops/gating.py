@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.registration import empty_contiguous
 from nsa_compile.ops import gating as reference
 from nsa_compile.ops.checks import check_layout
@@ -27,13 +27,17 @@ def gated_sum(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, imp
         {"o_cmp": (o_cmp, axes), "o_slc": (o_slc, axes), "o_win": (o_win, axes), "gates": (gates, "b t n branches")},
         {"branches": 3},
     )
-    resolve_impl("gated_sum", impl, o_cmp.device)
+    runs_triton("gated_sum", impl, o_cmp)
     return torch.ops.nsa_compile.gated_sum(o_cmp, o_slc, o_win, gates, impl)
 
 
 @torch.library.custom_op("nsa_compile::gated_sum", mutates_args=())
 def _gated_sum(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, impl: str) -> Tensor:
-    resolve_impl("gated_sum", impl, o_cmp.device)
+    if runs_triton("gated_sum", impl, o_cmp):
+        from nsa_compile.custom_ops.kernels import gating
+
+        with torch.cuda.device_of(o_cmp):
+            return gating.gated_sum(o_cmp, o_slc, o_win, gates)
     return reference.gated_sum(o_cmp, o_slc, o_win, gates).contiguous()
 
 
@@ -46,7 +50,11 @@ def _(o_cmp, o_slc, o_win, gates, impl):
 def _gated_sum_backward(
     grad: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    resolve_impl("gated_sum", impl, o_cmp.device)
+    if runs_triton("gated_sum", impl, o_cmp):
+        from nsa_compile.custom_ops.kernels import gating
+
+        with torch.cuda.device_of(o_cmp):
+            return gating.gated_sum_backward(grad, o_cmp, o_slc, o_win, gates)
     d_cmp, d_slc, d_win, d_gates = reference.gated_sum_backward(grad, o_cmp, o_slc, o_win, gates)
     return d_cmp.contiguous(), d_slc.contiguous(), d_win.contiguous(), d_gates.contiguous()
 

@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     causal_pairs,
@@ -51,7 +51,7 @@ def selected_attention(
     check_int("l_sel", l_sel)
     check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
     check_block_indices(block_indices, q, k, l_sel=l_sel, q_start=q_start)
-    resolve_impl("selected_attention", impl, q.device)
+    runs_triton("selected_attention", impl, q, v)
     return torch.ops.nsa_compile.selected_attention(
         q, k, v, block_indices, l_sel, q_start, cu_seqlens, default_scale(q, scale), impl
     )
@@ -62,7 +62,11 @@ def _selected_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, l_sel: int, q_start: Optional[Tensor],
     cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    resolve_impl("selected_attention", impl, q.device)
+    if runs_triton("selected_attention", impl, q, v):
+        from nsa_compile.custom_ops.kernels import selection
+
+        with torch.cuda.device_of(q):
+            return selection.selected_attention(q, k, v, block_indices, l_sel, q_start, cu_seqlens, scale)
     return reference.selected_attention(
         q, k, v, block_indices, l_sel=l_sel, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale
     )
@@ -78,7 +82,13 @@ def _selected_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     block_indices: Tensor, l_sel: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    resolve_impl("selected_attention", impl, q.device)
+    if runs_triton("selected_attention", impl, q, v):
+        from nsa_compile.custom_ops.kernels import selection
+
+        with torch.cuda.device_of(q):
+            return selection.selected_attention_backward(
+                grad_o, grad_lse, o, lse, q, k, v, block_indices, l_sel, q_start, cu_seqlens, scale
+            )
     return reference.selected_attention_backward(
         grad_o, grad_lse, q, k, v, block_indices, o, lse,
         l_sel=l_sel, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale,

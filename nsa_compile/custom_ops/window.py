@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     causal_pairs,
@@ -42,7 +42,7 @@ def window_attention(
     check_heads(sizes["n"], sizes["g"])
     check_int("w", w)
     check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
-    resolve_impl("window_attention", impl, q.device)
+    runs_triton("window_attention", impl, q, v)
     return torch.ops.nsa_compile.window_attention(q, k, v, w, q_start, cu_seqlens, default_scale(q, scale), impl)
 
 
@@ -51,7 +51,12 @@ def _window_attention(
     q: Tensor, k: Tensor, v: Tensor, w: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    resolve_impl("window_attention", impl, q.device)
+    if runs_triton("window_attention", impl, q, v):
+        from nsa_compile.custom_ops.kernels import interval
+
+        with torch.cuda.device_of(q):
+            keys = interval.window_intervals(q, k.shape[1], w, q_start, cu_seqlens)
+            return interval.interval_attention(q, k, v, keys, scale)
     return reference.window_attention(q, k, v, w=w, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale)
 
 
@@ -65,7 +70,12 @@ def _window_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, w: int,
     q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    resolve_impl("window_attention", impl, q.device)
+    if runs_triton("window_attention", impl, q, v):
+        from nsa_compile.custom_ops.kernels import interval
+
+        with torch.cuda.device_of(q):
+            keys = interval.window_intervals(q, k.shape[1], w, q_start, cu_seqlens)
+            return interval.interval_attention_backward(grad_o, grad_lse, o, lse, q, k, v, keys, scale)
     return reference.window_attention_backward(
         grad_o, grad_lse, q, k, v, o, lse, w=w, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale
     )

@@ -28,7 +28,9 @@ def _score_blocks(
             i = start + (j + column) * A + r
             pointers = k + i.to(tl.int64)[:, None] * k_s + tl.arange(0, DK)[None, :]
             if MASK:
-                k_tile = tl.load(pointers, mask=(i < tl.max(end, 0))[:, None] & (tl.arange(0, DK) < D_K)[None, :], other=0.0)
+                k_tile = tl.load(
+                    pointers, mask=(i < tl.max(end, 0))[:, None] & (tl.arange(0, DK) < D_K)[None, :], other=0.0
+                )
             elif D_K < DK:
                 k_tile = tl.load(pointers, mask=(tl.arange(0, DK) < D_K)[None, :], other=0.0)
             else:
@@ -36,10 +38,11 @@ def _score_blocks(
             p = tl.exp2(dot(q, tl.trans(k_tile)) * scale2 - lse2[:, None])
             if MASK:
                 p = tl.where(i[None, :] < end[:, None], p, 0.0)
-            WEIGHT: tl.constexpr = M if M < A - r else A - r
-            own += p * WEIGHT
-            if WEIGHT < M:
-                after += p * (M - WEIGHT)
+            if A - r < M:
+                own += p * (A - r)
+                after += p * (M - A + r)
+            else:
+                own += p * M
         mask = live[:, None] & (j + column < blocks)[None, :]
         out = slot[:, None] * blocks + (j + column)[None, :]
         tl.store(own_out + out, tl.sum(own.reshape(TOKENS, HP, BN), 1), mask=mask)
@@ -106,7 +109,9 @@ def _candidate_keys(
     score = tl.load(own + row * blocks + block, mask=(block * A < count) & (block < blocks), other=0.0)
     if M > 1:
         score += tl.load(
-            after + row * blocks + block - 1, mask=(block > 0) & ((block - 1) * A < count) & (block <= blocks), other=0.0
+            after + row * blocks + block - 1,
+            mask=(block > 0) & ((block - 1) * A < count) & (block <= blocks),
+            other=0.0,
         )
     score = tl.where(score == score, tl.maximum(score, 0.0), 0.0)
     bits = score.to(tl.int32, bitcast=True)

@@ -38,9 +38,7 @@ class Intervals(NamedTuple):
     def of_keys(self, s: int) -> "Intervals":
         """The queries that see each key: int32 [b, s]."""
         key = torch.arange(s, dtype=torch.int32, device=self.start.device).expand(self.start.shape[0], s).contiguous()
-        return Intervals(
-            *(torch.searchsorted(x, key, right=True, out_int32=True) for x in (self.end, self.start))
-        )
+        return Intervals(*(torch.searchsorted(x, key, right=True, out_int32=True) for x in (self.end, self.start)))
 
 
 def window_intervals(q: Tensor, s: int, w: int, q_start: Tensor | None, cu_seqlens: Tensor | None) -> Intervals:
@@ -85,7 +83,7 @@ def _attend_range(
 def _interval_fwd_kernel(
     q, k, v, key_start, key_end, o, lse, scale2, t, n, q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g,
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, NEGATIVE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -99,7 +97,7 @@ def _interval_fwd_kernel(
     first, last = tile * BM // H, tl.minimum((tile * BM + BM - 1) // H, t - 1)
     begin, full_begin = tl.load(key_start + first), tl.load(key_start + last)
     full_end, finish = tl.load(key_end + first), tl.load(key_end + last)
-    full_begin = begin + tl.cdiv(full_begin - begin, BN) * BN
+    full_begin = begin + tl.cdiv(full_begin - begin, BC) * BC
     full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
 
     q_tile = gather_rows(q + b * q_b, token, head * q_n, live, q_t, D_K, DK)
@@ -111,11 +109,11 @@ def _interval_fwd_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc, top, total = _attend_range(
-        acc, top, total, q_tile, k, v, start, end, full_end, finish, scale2, k_s, v_s, D_K, D_V, DK, DV, BN, True
+        acc, top, total, q_tile, k, v, start, end, full_end, finish, scale2, k_s, v_s, D_K, D_V, DK, DV, BC, True
     )
     acc, top, total = _attend_range(
         acc, top, total, q_tile, k, v, start, end, begin, tl.minimum(full_begin, finish), scale2, k_s, v_s,
-        D_K, D_V, DK, DV, BN, True,
+        D_K, D_V, DK, DV, BC, True,
     )  # fmt: skip
     acc, top, total = _attend_range(
         acc, top, total, q_tile, k, v, start, end, full_begin, full_end, scale2, k_s, v_s, D_K, D_V, DK, DV, BN, False
@@ -149,7 +147,7 @@ def _interval_bwd_dq_kernel(
     q, k, v, key_start, key_end, grad_o, lse2, delta, grad_q, scale, t, n,
     q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g, o_b, o_t, o_n,
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -163,7 +161,7 @@ def _interval_bwd_dq_kernel(
     first, last = tile * BM // H, tl.minimum((tile * BM + BM - 1) // H, t - 1)
     begin, full_begin = tl.load(key_start + first), tl.load(key_start + last)
     full_end, finish = tl.load(key_end + first), tl.load(key_end + last)
-    full_begin = begin + tl.cdiv(full_begin - begin, BN) * BN
+    full_begin = begin + tl.cdiv(full_begin - begin, BC) * BC
     full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
 
     q_tile = gather_rows(q + b * q_b, token, head * q_n, live, q_t, D_K, DK)
@@ -177,11 +175,11 @@ def _interval_bwd_dq_kernel(
     acc = tl.zeros([BM, DK], tl.float32)
     acc = _interval_dq_range(
         acc, q_tile, go_tile, k, v, start, end, lse2_row, delta_row, full_end, finish, scale2, k_s, v_s,
-        D_K, D_V, DK, DV, BN, True,
+        D_K, D_V, DK, DV, BC, True,
     )  # fmt: skip
     acc = _interval_dq_range(
         acc, q_tile, go_tile, k, v, start, end, lse2_row, delta_row, begin, tl.minimum(full_begin, finish), scale2,
-        k_s, v_s, D_K, D_V, DK, DV, BN, True,
+        k_s, v_s, D_K, D_V, DK, DV, BC, True,
     )  # fmt: skip
     acc = _interval_dq_range(
         acc, q_tile, go_tile, k, v, start, end, lse2_row, delta_row, full_begin, full_end, scale2, k_s, v_s,
@@ -299,7 +297,7 @@ def interval_attention(
     _interval_fwd_kernel[(triton.cdiv(t * h, rows), g, b)](
         q, k, v, *intervals, o, lse, abs(scale) * LOG2E.value, t, n,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        H=h, D_K=d_k, D_V=d_v, DK=DK, DV=DV, BM=rows, BN=keys, NEGATIVE=scale < 0, num_warps=warps, num_stages=stages,
+        H=h, D_K=d_k, D_V=d_v, DK=DK, DV=DV, BM=rows, BN=keys, BC=16, NEGATIVE=scale < 0, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o, lse
 
@@ -325,7 +323,7 @@ def interval_attention_backward(
     rows, keys, warps, stages = dq_tiles
     _interval_bwd_dq_kernel[(triton.cdiv(t * h, rows), g, b)](
         q, k, v, *intervals, grad_o, lse2, delta, grad_q, scale, t, n, *strides,
-        **sizes, BM=rows, BN=keys, num_warps=warps, num_stages=stages,
+        **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     rows, keys, warps, stages = dkv_tiles
     key_tiles = triton.cdiv(s, keys)

@@ -1,0 +1,148 @@
+"""Time every op at the paper's sizes on one CUDA device: medians in ms, as a table and as JSON.
+
+`python profiles/kernels.py OUT.json [--groups 16 --heads 64 --tokens 32768]`
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import nsa_compile as nsa
+
+SIZES = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16}
+WINDOW = 512
+
+
+def neighbouring_blocks(t: int, g: int, rho: float, *, n_sel: int = 16, l_sel: int = 64) -> torch.Tensor:
+    """Blocks [1, t, g, n_sel] of which each free one is kept by the next query with chance rho, else drawn anew."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    n_blocks = -(-t // l_sel)
+    scores = torch.empty(t, g, n_blocks, device="cuda")
+    own = torch.arange(t, device="cuda") // l_sel
+    row = torch.rand(g, n_blocks, generator=generator, device="cuda")
+    if rho == 0:
+        scores.uniform_(generator=generator)
+    else:
+        keep = 1 - (1 - rho) * 1.0
+        drawn = torch.rand(t, g, n_blocks, generator=generator, device="cuda")
+        moved = torch.rand(t, g, n_blocks, generator=generator, device="cuda") > keep
+        # a block's score is the last one drawn for it: the index of the last move at or before t
+        last = torch.where(moved, torch.arange(t, device="cuda", dtype=torch.int32)[:, None, None], 0).cummax(0).values
+        scores = drawn.gather(0, last.long())
+        del drawn, moved, last
+    del row
+    block = torch.arange(n_blocks, device="cuda")
+    forced = (block == 0) | (block > own[:, None, None] - 2)
+    scores = scores.masked_fill_(forced, 2.0).masked_fill_(block > own[:, None, None], -1.0)
+    top = scores.topk(n_sel, -1)
+    chosen = top.indices.masked_fill(top.values < 0, n_blocks).sort(-1).values
+    return chosen.masked_fill(chosen == n_blocks, -1).int()[None]
+
+
+def median_ms(run, seconds: float = 0.4) -> tuple[float, float]:
+    """Median and spread (interquartile range) of the time of run() in ms, after a warm-up."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < 1000 * seconds:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    quarters = statistics.quantiles(times, n=4)
+    return statistics.median(times), quarters[2] - quarters[0]
+
+
+def with_backward(run, inputs):
+    """run() and its gradient for a random grad of the first output."""
+    grad = None
+
+    def both():
+        nonlocal grad
+        out = run()
+        out = out[0] if isinstance(out, tuple) else out
+        grad = torch.randn_like(out) if grad is None else grad
+        torch.autograd.grad(out, inputs, grad)
+
+    return both
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--dense", action="store_true", help="time dense causal attention (cuDNN) beside it")
+    parser.add_argument("--impl", default="auto")
+    args = parser.parse_args()
+    t, n, g, c = args.tokens, args.heads, args.groups, 128
+    torch.manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    q, gates = draw(1, t, n, c), torch.softmax(draw(1, t, n, 3).detach(), -1).requires_grad_()
+    k, v, k_slc, v_slc, k_win, v_win = (draw(1, t, g, c) for _ in range(6))
+    mean = {"l": SIZES["l"], "d": SIZES["d"]}
+    k_cmp, v_cmp = (nsa.compress_mean(x, **mean).detach().requires_grad_() for x in (k, v))
+    lse = nsa.compressed_attention(q, k_cmp, v_cmp, **mean)[1].detach()
+    random, alike = (neighbouring_blocks(t, g, rho) for rho in (0.0, 0.8))
+    torch.cuda.empty_cache()
+
+    def whole():
+        means = (nsa.compress_mean(x, **mean) for x in (k, v))
+        return nsa.nsa_attention(q, *means, k_slc, v_slc, k_win, v_win, gates, **SIZES, w=WINDOW)
+
+    def selected(blocks):
+        return lambda: nsa.selected_attention(q, k_slc, v_slc, blocks, l_sel=SIZES["l_sel"])
+
+    branches = [nsa.window_attention(q, k_win, v_win, w=WINDOW)[0].detach().requires_grad_() for _ in range(3)]
+    ops = {
+        "compress_mean (K and V)": (lambda: torch.stack([nsa.compress_mean(x, **mean) for x in (k, v)]), (k, v)),
+        "compressed attention": (lambda: nsa.compressed_attention(q, k_cmp, v_cmp, **mean), (q, k_cmp, v_cmp)),
+        "select_blocks": (lambda: nsa.select_blocks(q, k_cmp, lse, **SIZES), None),
+        "selected attention, random blocks": (selected(random), (q, k_slc, v_slc)),
+        "selected attention, rho 0.8": (selected(alike), (q, k_slc, v_slc)),
+        "window attention": (lambda: nsa.window_attention(q, k_win, v_win, w=WINDOW), (q, k_win, v_win)),
+        "gated sum": (lambda: nsa.gated_sum(*branches, gates), (*branches, gates)),
+        "nsa_attention": (whole, (q, k, v, k_slc, v_slc, k_win, v_win, gates)),
+    }
+    if args.dense:
+        heads = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k_slc, v_slc)]
+
+        def dense():
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+
+        ops["dense causal attention (cuDNN)"] = (dense, tuple(heads))
+    rows = []
+    for name, (run, inputs) in ops.items():
+        with torch.no_grad():
+            forward = median_ms(run)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both = (None, None) if inputs is None else median_ms(with_backward(run, inputs))
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        rows.append({"op": name, "forward": forward, "both": both, "peak_mb": peak})
+        print(f"{name:36s} {forward[0]:8.2f} ±{forward[1]:5.2f}", end="")
+        print("" if inputs is None else f" {both[0]:8.2f} ±{both[1]:5.2f}   peak {peak:7.0f} MB", flush=True)
+    record = {
+        "gpu": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(), "torch": torch.__version__,
+        "triton": triton.__version__, "dtype": "bfloat16", "tokens": t, "heads": n, "groups": g, "channels": c,
+        **SIZES, "w": WINDOW, "unit": "ms: [median, interquartile range]", "rows": rows,
+    }  # fmt: skip
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
