@@ -16,11 +16,16 @@ from nsa_compile.custom_ops.kernels.tiles import (
     LOG2E,
     Tiles,
     accumulate,
+    aligned,
     dot,
     finite,
     gather_rows,
+    key_tiles,
+    load_keys,
+    load_queries,
     load_rows,
     padded,
+    query_tiles,
     row_major,
     scatter_rows,
     score_gradient,
@@ -62,26 +67,24 @@ def compressed_intervals(
 
 
 @triton.jit
-def _attend_range(
+def _attend_masked(
     acc, top, total, q, k, v, start, end, first, last, scale2, k_s, v_s,
-    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, CAREFUL: tl.constexpr,
+    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate` over the keys first … last - 1; only if CAREFUL may a row not see some of them."""
+    """`accumulate` over the keys first … last - 1, of which a row sees start … end - 1."""
     for key in tl.range(first, last, BN):
-        k_tile = load_rows(k, key, last, k_s, D_K, BN, DK, CAREFUL)
-        v_tile = load_rows(v, key, last, v_s, D_V, BN, DV, CAREFUL)
-        if CAREFUL:
-            index = key + tl.arange(0, BN)[None, :]
-            seen = (index >= start[:, None]) & (index < tl.minimum(end, last)[:, None])
-        else:
-            seen = start >= 0
-        acc, top, total = accumulate(acc, top, total, q, k_tile, v_tile, seen, scale2, CAREFUL)
+        k_tile = load_rows(k, key, last, k_s, D_K, BN, DK, True)
+        v_tile = load_rows(v, key, last, v_s, D_V, BN, DV, True)
+        index = key + tl.arange(0, BN)[None, :]
+        seen = (index >= start[:, None]) & (index < tl.minimum(end, last)[:, None])
+        acc, top, total = accumulate(acc, top, total, q, k_tile, v_tile, scale2, seen, True)
     return acc, top, total
 
 
 @triton.jit
 def _interval_fwd_kernel(
-    q, k, v, key_start, key_end, o, lse, scale2, t, n, q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g,
+    q, k, v, k_tiles, v_tiles, key_start, key_end, o, lse, scale2, t, n,
+    q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g,
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -103,21 +106,21 @@ def _interval_fwd_kernel(
     q_tile = gather_rows(q + b * q_b, token, head * q_n, live, q_t, D_K, DK)
     if NEGATIVE:
         q_tile = -q_tile
-    k += b * k_b + g * k_g
-    v += b * v_b + g * v_g
     acc = tl.zeros([BM, DV], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc, top, total = _attend_range(
-        acc, top, total, q_tile, k, v, start, end, full_end, finish, scale2, k_s, v_s, D_K, D_V, DK, DV, BC, True
+    k += b * k_b + g * k_g
+    v += b * v_b + g * v_g
+    acc, top, total = _attend_masked(
+        acc, top, total, q_tile, k, v, start, end, full_end, finish, scale2, k_s, v_s, D_K, D_V, DK, DV, BC
     )
-    acc, top, total = _attend_range(
+    acc, top, total = _attend_masked(
         acc, top, total, q_tile, k, v, start, end, begin, tl.minimum(full_begin, finish), scale2, k_s, v_s,
-        D_K, D_V, DK, DV, BC, True,
+        D_K, D_V, DK, DV, BC,
     )  # fmt: skip
-    acc, top, total = _attend_range(
-        acc, top, total, q_tile, k, v, start, end, full_begin, full_end, scale2, k_s, v_s, D_K, D_V, DK, DV, BN, False
-    )
+    for key in tl.range(full_begin, full_end, BN):
+        k_tile, v_tile = load_keys(k_tiles, b, g, key, BN, DK), load_keys(v_tiles, b, g, key, BN, DV)
+        acc, top, total = accumulate(acc, top, total, q_tile, k_tile, v_tile, scale2)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     scatter_rows(o + b * t * n * D_V, acc, token, head * D_V, live, n * D_V, D_V, DV)
     value = tl.where(total == 0.0, float("-inf"), (top * scale2 + tl.log2(total)) * LN2)
@@ -125,26 +128,24 @@ def _interval_fwd_kernel(
 
 
 @triton.jit
-def _interval_dq_range(
+def _interval_dq_masked(
     acc, q, grad_o, k, v, start, end, lse2, delta, first, last, scale2, k_s, v_s,
-    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, CAREFUL: tl.constexpr,
+    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     for key in tl.range(first, last, BN):
-        k_tile = load_rows(k, key, last, k_s, D_K, BN, DK, CAREFUL)
-        v_tile = load_rows(v, key, last, v_s, D_V, BN, DV, CAREFUL)
+        k_tile = load_rows(k, key, last, k_s, D_K, BN, DK, True)
+        v_tile = load_rows(v, key, last, v_s, D_V, BN, DV, True)
         scores, dp = dot(q, tl.trans(k_tile)), dot(grad_o, tl.trans(v_tile))
         _, ds = score_gradient(scores, lse2[:, None], dp, delta[:, None], scale2)
-        if CAREFUL:
-            index = key + tl.arange(0, BN)[None, :]
-            ds = tl.where((index >= start[:, None]) & (index < tl.minimum(end, last)[:, None]), ds, 0.0)
-            k_tile = finite(k_tile)
-        acc += dot(ds.to(k_tile.dtype), k_tile)
+        index = key + tl.arange(0, BN)[None, :]
+        ds = tl.where((index >= start[:, None]) & (index < tl.minimum(end, last)[:, None]), ds, 0.0)
+        acc += dot(ds.to(k_tile.dtype), finite(k_tile))
     return acc
 
 
 @triton.jit
 def _interval_bwd_dq_kernel(
-    q, k, v, key_start, key_end, grad_o, lse2, delta, grad_q, scale, t, n,
+    q, k, v, k_tiles, v_tiles, key_start, key_end, grad_o, lse2, delta, grad_q, scale, t, n,
     q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g, o_b, o_t, o_n,
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
@@ -173,44 +174,55 @@ def _interval_bwd_dq_kernel(
     v += b * v_b + g * v_g
     scale2 = scale * LOG2E
     acc = tl.zeros([BM, DK], tl.float32)
-    acc = _interval_dq_range(
+    acc = _interval_dq_masked(
         acc, q_tile, go_tile, k, v, start, end, lse2_row, delta_row, full_end, finish, scale2, k_s, v_s,
-        D_K, D_V, DK, DV, BC, True,
+        D_K, D_V, DK, DV, BC,
     )  # fmt: skip
-    acc = _interval_dq_range(
+    acc = _interval_dq_masked(
         acc, q_tile, go_tile, k, v, start, end, lse2_row, delta_row, begin, tl.minimum(full_begin, finish), scale2,
-        k_s, v_s, D_K, D_V, DK, DV, BC, True,
+        k_s, v_s, D_K, D_V, DK, DV, BC,
     )  # fmt: skip
-    acc = _interval_dq_range(
-        acc, q_tile, go_tile, k, v, start, end, lse2_row, delta_row, full_begin, full_end, scale2, k_s, v_s,
-        D_K, D_V, DK, DV, BN, False,
-    )  # fmt: skip
+    for key in tl.range(full_begin, full_end, BN):
+        k_tile, v_tile = load_keys(k_tiles, b, g, key, BN, DK), load_keys(v_tiles, b, g, key, BN, DV)
+        scores, dp = dot(q_tile, tl.trans(k_tile)), dot(go_tile, tl.trans(v_tile))
+        _, ds = score_gradient(scores, lse2_row[:, None], dp, delta_row[:, None], scale2)
+        acc += dot(ds.to(k_tile.dtype), k_tile)
     scatter_rows(grad_q + b * t * n * D_K, acc * scale, token, head * D_K, live, n * D_K, D_K, DK)
 
 
 @triton.jit
 def _interval_dkv_range(
-    dk, dv, k, v, q, grad_o, key_start, key_end, lse2, delta, first_key, first, last, g, n, scale2, q_t, q_n, o_t, o_n,
+    dk, dv, k, v, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, first, last, b, g, n, scale2,
+    q_t, q_n, o_t, o_n,
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CAREFUL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Add to (dk, dv) of a tile of keys what the query rows first … last - 1 give, a row being token * H + head."""
+    """Add to (dk, dv) of a tile of keys what the query rows first … last - 1 give, a row being token * H + head.
+
+    If WHOLE, all rows see all keys and come in tiles of BM.
+    """
+    BOX: tl.constexpr = WHOLE and H & (H - 1) == 0
     key = first_key + tl.arange(0, BN)[:, None]
     for start_row in tl.range(first, last, BM):
         row = start_row + tl.arange(0, BM)
-        live = row < last
         token, head = row // H, g * H + row % H
-        start = tl.load(key_start + token, mask=live, other=0)
-        end = tl.load(key_end + token, mask=live, other=0)
-        live = live & (start < end)
-        q_tile = gather_rows(q, token, head * q_n, live, q_t, D_K, DK)
-        go_tile = gather_rows(grad_o, token, head * o_n, live, o_t, D_V, DV)
+        live = row < last
+        if not WHOLE:
+            start = tl.load(key_start + token, mask=live, other=0)
+            end = tl.load(key_end + token, mask=live, other=0)
+            live = live & (start < end)
+        if BOX:
+            q_tile = load_queries(q_tiles, b, start_row // H, g * H + start_row % H, BM, DK)
+            go_tile = load_queries(go_tiles, b, start_row // H, g * H + start_row % H, BM, DV)
+        else:
+            q_tile = gather_rows(q, token, head * q_n, live, q_t, D_K, DK)
+            go_tile = gather_rows(grad_o, token, head * o_n, live, o_t, D_V, DV)
         slot = token.to(tl.int64) * n + head
         lse2_row = tl.load(lse2 + slot, mask=live, other=float("inf"))
         delta_row = tl.load(delta + slot, mask=live, other=0.0)
         scores, dp = dot(k, tl.trans(q_tile)), dot(v, tl.trans(go_tile))
         p, ds = score_gradient(scores, lse2_row[None, :], dp, delta_row[None, :], scale2)
-        if CAREFUL:
+        if not WHOLE:
             seen = (key >= start[None, :]) & (key < end[None, :]) & live[None, :]
             p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
         dv += dot(p.to(go_tile.dtype), go_tile)
@@ -220,8 +232,8 @@ def _interval_dkv_range(
 
 @triton.jit
 def _interval_bwd_dkv_kernel(
-    q, k, v, key_start, key_end, query_start, query_end, grad_o, lse2, delta, grad_k, grad_v, scale, t, s, n, n_groups,
-    q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g, o_b, o_t, o_n, split_stride,
+    q, k, v, q_tiles, go_tiles, key_start, key_end, query_start, query_end, grad_o, lse2, delta, grad_k, grad_v,
+    scale, t, s, n, n_groups, q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g, o_b, o_t, o_n, split_stride,
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -251,16 +263,16 @@ def _interval_bwd_dkv_kernel(
     scale2 = scale * LOG2E
     dk, dv = tl.zeros([BN, DK], tl.float32), tl.zeros([BN, DV], tl.float32)
     dk, dv = _interval_dkv_range(
-        dk, dv, k_tile, v_tile, q, grad_o, key_start, key_end, lse2, delta, first_key, begin, full_begin, g, n, scale2,
-        q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, True,
+        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, begin, full_begin,
+        b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, False,
     )  # fmt: skip
     dk, dv = _interval_dkv_range(
-        dk, dv, k_tile, v_tile, q, grad_o, key_start, key_end, lse2, delta, first_key, full_begin, full_end, g, n,
-        scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, False,
+        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, full_begin, full_end,
+        b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, True,
     )  # fmt: skip
     dk, dv = _interval_dkv_range(
-        dk, dv, k_tile, v_tile, q, grad_o, key_start, key_end, lse2, delta, first_key, full_end, finish, g, n, scale2,
-        q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, True,
+        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, full_end, finish,
+        b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, False,
     )  # fmt: skip
     key = first_key + tl.arange(0, BN)
     slot = (part.to(tl.int64) * split_stride + b * s + key) * n_groups + g
@@ -289,15 +301,18 @@ def interval_attention(
     q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query to its interval of keys: o [b, t, n, d_v], LSE fp32 [b, t, n]."""
-    q, k, v = row_major(q), row_major(k), row_major(v)
-    (b, t, n, d_k), g, d_v = q.shape, k.shape[2], v.shape[-1]
+    q, k, v = row_major(q), aligned(k), aligned(v)
+    (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
+    if s == 0:
+        return o.zero_(), lse.fill_(float("-inf"))
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     rows, keys, warps, stages = tiles or forward_tiles(q, DK, DV)
     _interval_fwd_kernel[(triton.cdiv(t * h, rows), g, b)](
-        q, k, v, *intervals, o, lse, abs(scale) * LOG2E.value, t, n,
+        q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *intervals, o, lse, abs(scale) * LOG2E.value, t, n,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        H=h, D_K=d_k, D_V=d_v, DK=DK, DV=DV, BM=rows, BN=keys, BC=16, NEGATIVE=scale < 0, num_warps=warps, num_stages=stages,
+        H=h, D_K=d_k, D_V=d_v, DK=DK, DV=DV, BM=rows, BN=keys, BC=16,
+        NEGATIVE=scale < 0, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o, lse
 
@@ -310,7 +325,7 @@ def interval_attention_backward(
 
     The query rows of a tile of keys are cut into `parts`, whose sums are added afterwards.
     """
-    q, k, v, grad_o = row_major(q), row_major(k), row_major(v), row_major(grad_o)
+    q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     grad_q = q.new_empty(q.shape)
     if s == 0:
@@ -322,18 +337,18 @@ def interval_attention_backward(
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
     rows, keys, warps, stages = dq_tiles
     _interval_bwd_dq_kernel[(triton.cdiv(t * h, rows), g, b)](
-        q, k, v, *intervals, grad_o, lse2, delta, grad_q, scale, t, n, *strides,
-        **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
+        q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *intervals, grad_o, lse2, delta, grad_q, scale, t, n,
+        *strides, **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     rows, keys, warps, stages = dkv_tiles
-    key_tiles = triton.cdiv(s, keys)
-    parts = parts or max(1, min(16, 2048 // (key_tiles * g * b), triton.cdiv(t * h, 4 * rows)))
+    columns = triton.cdiv(s, keys)
+    parts = parts or max(1, min(16, 2048 // (columns * g * b), triton.cdiv(t * h, 4 * rows)))
     whole = parts == 1
     grad_k = torch.empty(parts, *k.shape, dtype=k.dtype if whole else torch.float32, device=k.device)
     grad_v = torch.empty(parts, *v.shape, dtype=v.dtype if whole else torch.float32, device=v.device)
-    _interval_bwd_dkv_kernel[(key_tiles, parts, g * b)](
-        q, k, v, *intervals, *intervals.of_keys(s), grad_o, lse2, delta, grad_k, grad_v, scale, t, s, n, g, *strides,
-        b * s, **sizes, BM=rows, BN=keys, num_warps=warps, num_stages=stages,
+    _interval_bwd_dkv_kernel[(columns, parts, g * b)](
+        q, k, v, query_tiles(q, h, rows, DK), query_tiles(grad_o, h, rows, DV), *intervals, *intervals.of_keys(s),
+        grad_o, lse2, delta, grad_k, grad_v, scale, t, s, n, g, *strides, b * s, **sizes, BM=rows, BN=keys, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if whole:
         return grad_q, grad_k[0], grad_v[0]

@@ -16,9 +16,12 @@ from nsa_compile.custom_ops.kernels.tiles import (
     LOG2E,
     Tiles,
     accumulate,
+    aligned,
     dot,
     finite,
     gather_rows,
+    key_tiles,
+    load_keys,
     load_rows,
     padded,
     row_major,
@@ -119,36 +122,40 @@ def block_unions(block_indices: Tensor, places: Places, l_sel: int, tokens: int)
 
 @triton.jit
 def _attend_blocks(
-    acc, top, total, q, k, v, entries, first, last, index, place, end, scale2, k_s, v_s,
+    acc, top, total, q, k, v, k_tiles, v_tiles, entries, first, last, index, place, end, scale2, k_s, v_s, b, g,
     L_SEL: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, CAREFUL: tl.constexpr,
+    BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate` over entries first … last - 1; `place` is each row's own key, `index` its token in the tile."""
+    """`accumulate` over entries first … last - 1; `place` is each row's own key, `index` its token in the tile.
+
+    If WHOLE, pieces of BN keys lie wholly inside their block and before all rows.
+    """
     PIECES: tl.constexpr = (L_SEL + BN - 1) // BN
     for i in tl.range(first * PIECES, last * PIECES):
         entry = entries + (i // PIECES) * 2
         block, bits = tl.load(entry), tl.load(entry + 1)
         key = block + (i % PIECES) * BN
-        stop = tl.minimum(block + L_SEL, end)
-        WHOLE: tl.constexpr = (not CAREFUL) and L_SEL % BN == 0
-        k_tile = load_rows(k, key, stop, k_s, D_K, BN, DK, not WHOLE)
-        v_tile = load_rows(v, key, stop, v_s, D_V, BN, DV, not WHOLE)
         chosen = (bits >> index) & 1 == 1
         if WHOLE:
-            acc, top, total = accumulate(acc, top, total, q, k_tile, v_tile, chosen, scale2, False)
+            k_tile, v_tile = load_keys(k_tiles, b, g, key, BN, DK), load_keys(v_tiles, b, g, key, BN, DV)
+            acc, top, total = accumulate(acc, top, total, q, k_tile, v_tile, scale2, chosen)
         else:
+            stop = tl.minimum(block + L_SEL, end)
+            k_tile = load_rows(k, key, stop, k_s, D_K, BN, DK, True)
+            v_tile = load_rows(v, key, stop, v_s, D_V, BN, DV, True)
             column = key + tl.arange(0, BN)[None, :]
             seen = chosen[:, None] & (column <= place[:, None]) & (column < stop)
-            acc, top, total = accumulate(acc, top, total, q, k_tile, v_tile, seen, scale2, True)
+            acc, top, total = accumulate(acc, top, total, q, k_tile, v_tile, scale2, seen, True)
     return acc, top, total
 
 
 @triton.jit
 def _selected_fwd_kernel(
-    q, k, v, position, first, entries, counts, o, lse, scale2, t, s, n, q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g,
+    q, k, v, k_tiles, v_tiles, position, first, entries, counts, o, lse, scale2, t, s, n,
+    q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g,
     H: tl.constexpr, L_SEL: tl.constexpr, CAPACITY: tl.constexpr, TOKENS: tl.constexpr,
     D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, NEGATIVE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -171,12 +178,12 @@ def _selected_fwd_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc, top, total = _attend_blocks(
-        acc, top, total, q_tile, k, v, entries, CAPACITY - masked, CAPACITY, index, place, end, scale2, k_s, v_s,
-        L_SEL, D_K, D_V, DK, DV, BN, True,
+        acc, top, total, q_tile, k, v, k_tiles, v_tiles, entries, CAPACITY - masked, CAPACITY, index, place, end,
+        scale2, k_s, v_s, b, g, L_SEL, D_K, D_V, DK, DV, BC, False,
     )  # fmt: skip
     acc, top, total = _attend_blocks(
-        acc, top, total, q_tile, k, v, entries, 0, full, index, place, end, scale2, k_s, v_s,
-        L_SEL, D_K, D_V, DK, DV, BN, False,
+        acc, top, total, q_tile, k, v, k_tiles, v_tiles, entries, 0, full, index, place, end,
+        scale2, k_s, v_s, b, g, L_SEL, D_K, D_V, DK, DV, BN, L_SEL % BN == 0,
     )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     scatter_rows(o + b * t * n * D_V, acc, token, head * D_V, live, n * D_V, D_V, DV)
@@ -186,24 +193,27 @@ def _selected_fwd_kernel(
 
 @triton.jit
 def _selected_dq_blocks(
-    acc, q, grad_o, k, v, lse2, delta, entries, first, last, index, place, end, scale2, k_s, v_s,
+    acc, q, grad_o, k, v, k_tiles, v_tiles, lse2, delta, entries, first, last, index, place, end, scale2, k_s, v_s, b, g,
     L_SEL: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BN: tl.constexpr, CAREFUL: tl.constexpr,
+    BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = (L_SEL + BN - 1) // BN
-    WHOLE: tl.constexpr = (not CAREFUL) and L_SEL % BN == 0
     for i in tl.range(first * PIECES, last * PIECES):
         entry = entries + (i // PIECES) * 2
         block, bits = tl.load(entry), tl.load(entry + 1)
         key = block + (i % PIECES) * BN
-        stop = tl.minimum(block + L_SEL, end)
-        k_tile = load_rows(k, key, stop, k_s, D_K, BN, DK, not WHOLE)
-        v_tile = load_rows(v, key, stop, v_s, D_V, BN, DV, not WHOLE)
         chosen = (bits >> index) & 1 == 1
-        scores, dp = dot(q, tl.trans(k_tile)), dot(grad_o, tl.trans(v_tile))
         hidden = tl.where(chosen, lse2, float("inf"))
-        _, ds = score_gradient(scores, hidden[:, None], dp, delta[:, None], scale2)
-        if not WHOLE:
+        if WHOLE:
+            k_tile, v_tile = load_keys(k_tiles, b, g, key, BN, DK), load_keys(v_tiles, b, g, key, BN, DV)
+            scores, dp = dot(q, tl.trans(k_tile)), dot(grad_o, tl.trans(v_tile))
+            _, ds = score_gradient(scores, hidden[:, None], dp, delta[:, None], scale2)
+        else:
+            stop = tl.minimum(block + L_SEL, end)
+            k_tile = load_rows(k, key, stop, k_s, D_K, BN, DK, True)
+            v_tile = load_rows(v, key, stop, v_s, D_V, BN, DV, True)
+            scores, dp = dot(q, tl.trans(k_tile)), dot(grad_o, tl.trans(v_tile))
+            _, ds = score_gradient(scores, hidden[:, None], dp, delta[:, None], scale2)
             column = key + tl.arange(0, BN)[None, :]
             ds = tl.where(chosen[:, None] & (column <= place[:, None]) & (column < stop), ds, 0.0)
             k_tile = finite(k_tile)
@@ -213,10 +223,11 @@ def _selected_dq_blocks(
 
 @triton.jit
 def _selected_bwd_dq_kernel(
-    q, k, v, position, first, entries, counts, grad_o, lse2, delta, grad_q, scale, t, s, n,
+    q, k, v, k_tiles, v_tiles, position, first, entries, counts, grad_o, lse2, delta, grad_q, scale, t, s, n,
     q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g, o_b, o_t, o_n,
     H: tl.constexpr, L_SEL: tl.constexpr, CAPACITY: tl.constexpr, TOKENS: tl.constexpr,
-    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -240,12 +251,12 @@ def _selected_bwd_dq_kernel(
     scale2 = scale * LOG2E
     acc = tl.zeros([BM, DK], tl.float32)
     acc = _selected_dq_blocks(
-        acc, q_tile, go_tile, k, v, lse2_row, delta_row, entries, CAPACITY - masked, CAPACITY, index, place, end,
-        scale2, k_s, v_s, L_SEL, D_K, D_V, DK, DV, BN, True,
+        acc, q_tile, go_tile, k, v, k_tiles, v_tiles, lse2_row, delta_row, entries, CAPACITY - masked, CAPACITY,
+        index, place, end, scale2, k_s, v_s, b, g, L_SEL, D_K, D_V, DK, DV, BC, False,
     )  # fmt: skip
     acc = _selected_dq_blocks(
-        acc, q_tile, go_tile, k, v, lse2_row, delta_row, entries, 0, full, index, place, end,
-        scale2, k_s, v_s, L_SEL, D_K, D_V, DK, DV, BN, False,
+        acc, q_tile, go_tile, k, v, k_tiles, v_tiles, lse2_row, delta_row, entries, 0, full, index, place, end,
+        scale2, k_s, v_s, b, g, L_SEL, D_K, D_V, DK, DV, BN, L_SEL % BN == 0,
     )  # fmt: skip
     scatter_rows(grad_q + b * t * n * D_K, acc * scale, token, head * D_K, live, n * D_K, D_K, DK)
 
@@ -414,7 +425,7 @@ def selected_attention(
     cu_seqlens: Tensor | None, scale: float, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of each query to the tokens up to its own of its blocks: o [b, t, n, d_v], LSE fp32 [b, t, n]."""
-    q, k, v = row_major(q), row_major(k), row_major(v)
+    q, k, v = row_major(q), aligned(k), aligned(v)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
@@ -423,10 +434,10 @@ def selected_attention(
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
-        q, k, v, *places, entries, counts, o, lse, abs(scale) * LOG2E.value, t, s, n,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, o, lse,
+        abs(scale) * LOG2E.value, t, s, n, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         H=h, L_SEL=l_sel, CAPACITY=entries.shape[3], TOKENS=tokens, D_K=d_k, D_V=d_v, DK=DK, DV=DV,
-        BM=rows, BN=keys, NEGATIVE=scale < 0, num_warps=warps, num_stages=stages,
+        BM=rows, BN=keys, BC=16, NEGATIVE=scale < 0, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return o, lse
 
@@ -444,7 +455,7 @@ def selected_attention_backward(
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients (dq, dk, dv) of `selected_attention`."""
-    q, k, v, grad_o = row_major(q), row_major(k), row_major(v), row_major(grad_o)
+    q, k, v, grad_o = row_major(q), aligned(k), aligned(v), row_major(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     width, tokens = max(DK, DV), tile_tokens(h)
@@ -457,8 +468,9 @@ def selected_attention_backward(
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows, keys, warps, stages = dq_tiles
     _selected_bwd_dq_kernel[(triton.cdiv(t, tokens), g, b)](
-        q, k, v, *places, entries, counts, grad_o, lse2, delta, grad_q, scale, t, s, n, *strides, **sizes,
-        CAPACITY=entries.shape[3], TOKENS=tokens, BM=rows, BN=keys, num_warps=warps, num_stages=stages,
+        q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, grad_o, lse2, delta, grad_q,
+        scale, t, s, n, *strides, **sizes,
+        CAPACITY=entries.shape[3], TOKENS=tokens, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     packed = cu_seqlens is not None
     max_blocks = s // l_sel + len(cu_seqlens) if cu_seqlens is not None else triton.cdiv(s, l_sel)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,6 +30,39 @@ def row_major(x: Tensor) -> Tensor:
     """x itself where its last axis is dense and its rows are near each other, else a contiguous copy."""
     near = all(abs(stride) < 2**22 for stride in x.stride()[1:-1])
     return x if x.stride(-1) == 1 and near else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself where its rows are dense and begin at multiples of 16 bytes, else a copy in which they do."""
+    unit = 16 // x.element_size()
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(0 <= y < 2**31 and y % unit == 0 for y in x.stride()[:-1]):
+        return x
+    width = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], triton.cdiv(width, unit) * unit)[..., :width].copy_(x)
+
+
+def key_tiles(x: Tensor, keys: int, cols: int) -> TensorDescriptor:
+    """Descriptor of tiles [1, 1, keys, cols] of `aligned` x [b, s, g, d] seen as [b, g, s, d]; 0 outside."""
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, keys, cols])
+
+
+@triton.jit
+def load_keys(tiles, b, g, key, KEYS: tl.constexpr, COLS: tl.constexpr):
+    """Tile [KEYS, COLS] of the keys `key` on, through a descriptor of `key_tiles`."""
+    return tiles.load([b.to(tl.int32), g, key, 0]).reshape(KEYS, COLS)
+
+
+def query_tiles(x: Tensor, h: int, rows: int, cols: int) -> TensorDescriptor:
+    """Descriptor of tiles [1, tokens, heads, cols] of `aligned` x [b, t, n, d], of `rows` rows of a group of h heads."""
+    heads = min(rows, padded(h, 1))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows // heads, heads, cols])
+
+
+@triton.jit
+def load_queries(tiles, b, token, head, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Tile [ROWS, COLS] of the heads `head` on of the tokens `token` on, through a descriptor of `query_tiles`."""
+    return tiles.load([b.to(tl.int32), token, head, 0]).reshape(ROWS, COLS)
 
 
 @triton.jit
@@ -79,12 +113,12 @@ def finite(x):
 
 
 @triton.jit
-def accumulate(acc, top, total, q, k, v, seen, scale2, CAREFUL: tl.constexpr):
+def accumulate(acc, top, total, q, k, v, scale2, seen=None, CAREFUL: tl.constexpr = False):
     """One step of the online softmax over a tile of keys: new (acc, top, total).
 
     Scores are `scale2 * q·k` in base 2, scale2 >= 0. `top` is the largest score so far divided by scale2, -inf if none.
-    `seen` hides pairs: bool [rows, keys] if CAREFUL, where also NaN in hidden values is kept from the rows; else
-    bool [rows], True for rows that see the whole tile and False for rows that see none of it.
+    `seen` hides pairs: bool [rows, keys] if CAREFUL, where also NaN in hidden values is kept from the rows; bool [rows],
+    True for rows that see the whole tile and False for rows that see none of it; None where all see all.
     """
     scores = dot(q, tl.trans(k))
     if CAREFUL:
@@ -96,6 +130,10 @@ def accumulate(acc, top, total, q, k, v, seen, scale2, CAREFUL: tl.constexpr):
         broken = tl.max(tl.where(is_finite(v), 0, 1), 1)
         broken = tl.max(tl.where(seen, broken[None, :], 0), 1)
         v = finite(v)
+    elif seen is None:
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores * scale2 - (new_top * scale2)[:, None])
+        decay = tl.where(top > float("-inf"), tl.exp2((top - new_top) * scale2), 0.0)
     else:
         new_top = tl.where(seen, tl.maximum(top, tl.max(scores, 1)), top)
         p = tl.exp2(scores * scale2 - tl.where(seen, new_top * scale2, float("inf"))[:, None])
