@@ -157,6 +157,7 @@ def _top_blocks_kernel(
     tl.store(out + slot, tl.full([NP], -1, tl.int32), mask=(slot < N) & (slot >= tl.sum(some.to(tl.int32), 0)))
 
 
+TUNE=None
 SCRATCH = 64 * 2**20
 """Bytes that the scores of one chunk of queries may take."""
 
@@ -178,7 +179,7 @@ def select_blocks(
     bytes_per_row = DK * q.element_size()
     tokens = max(1, (64 if bytes_per_row <= 512 else 16) // HP)
     AP = padded(A, 1)
-    keys = max(AP, 64 if bytes_per_row <= 512 else 32)
+    keys = max(AP, TUNE[0] if TUNE else 64 if bytes_per_row <= 512 else 32)
     chunk = max(tokens, scratch // (8 * b * g * blocks) // tokens * tokens)
     chunk = min(chunk, triton.cdiv(t, tokens) * tokens)
     own, after = (torch.empty(b, chunk, g, blocks, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -188,7 +189,7 @@ def select_blocks(
             q, k_cmp, key_tiles(k_cmp, keys, DK), *intervals, lse, own, after, scale * LOG2E.value, first, chunk, t, n,
             g, blocks, *q.stride()[:3], *k_cmp.stride()[:3],
             H=h, HP=HP, A=A, AP=AP, M=M, D_K=d_k, DK=DK, TOKENS=tokens, BN=keys, PACKED=cu_seqlens is not None,
-            num_warps=4, num_stages=2 if bytes_per_row <= 256 else 1,
+            num_warps=4, num_stages=TUNE[1] if TUNE else 2 if bytes_per_row <= 256 else 1,
         )  # fmt: skip
         candidates = blocks if q_start is not None else triton.cdiv(first + size, l_sel)
         width = min(8192, padded(candidates, 128))

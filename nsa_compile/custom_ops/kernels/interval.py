@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_compile.custom_ops.kernels import hopper
 from nsa_compile.custom_ops.kernels.tiles import (
     LN2,
     LOG2E,
@@ -306,6 +307,8 @@ def interval_attention(
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     if s == 0:
         return o.zero_(), lse.fill_(float("-inf"))
+    if tiles is None and hopper.takes(q, d_k, d_v):
+        return hopper.attend(q, k, v, *intervals, None, 0, scale)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     rows, keys, warps, stages = tiles or forward_tiles(q, DK, DV)
     _interval_fwd_kernel[(triton.cdiv(t * h, rows), g, b)](

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_compile.custom_ops.kernels import hopper
 from nsa_compile.custom_ops.kernels.tiles import (
     LN2,
     LOG2E,
@@ -432,6 +433,9 @@ def selected_attention(
     tokens = tile_tokens(h)
     places = query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
+    if tiles is None and tokens * h == hopper.ROWS and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v):
+        end = torch.where(places.position < 0, 0, places.first + places.position + 1)
+        return hopper.attend(q, k, v, torch.zeros_like(end), end, (entries, counts), l_sel, scale)
     rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
         q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, o, lse,
