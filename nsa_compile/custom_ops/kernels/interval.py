@@ -282,10 +282,8 @@ def _interval_bwd_dkv_kernel(
 
 
 def forward_tiles(q: Tensor, DK: int, DV: int) -> Tiles:
-    """Tile sizes of the forward kernel: 128 rows while they fit into registers and 99 KB of shared memory."""
+    """Tile sizes of the forward kernel."""
     width = max(DK, DV) * q.element_size()
-    if width <= 256:
-        return Tiles(128, 64, 4, 2)
     return Tiles(64, 64, 4, 1) if width <= 512 else Tiles(32, 32, 4, 1)
 
 
@@ -293,9 +291,8 @@ def backward_tiles(q: Tensor, DK: int, DV: int) -> tuple[Tiles, Tiles]:
     """Tile sizes of the dQ and the dK/dV kernel."""
     width = max(DK, DV) * q.element_size()
     if width <= 256:
-        return Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)
-    small = Tiles(64, 32, 4, 1) if width <= 512 else Tiles(32, 16, 4, 1)
-    return small, Tiles(32, 64, 4, 1) if width <= 512 else Tiles(16, 32, 4, 1)
+        return Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3)
+    return (Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1)) if width <= 512 else (Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1))
 
 
 def interval_attention(

@@ -341,7 +341,7 @@ def invert(block_indices: Tensor, places: Places, s: int, l_sel: int, max_blocks
 def _selected_bwd_dkv_kernel(
     q, k, v, position, first, tokens, ends, item_ends, buckets, grad_o, lse2, delta, sum_k, sum_v, scale,
     t, s, n, n_groups, n_buckets, q_b, q_t, q_n, k_b, k_s, k_g, v_b, v_s, v_g, o_b, o_t, o_n,
-    H: tl.constexpr, L_SEL: tl.constexpr, ITEM: tl.constexpr, TOKENS: tl.constexpr,
+    H: tl.constexpr, L_SEL: tl.constexpr, ITEM: tl.constexpr, TOKENS: tl.constexpr, TOKENS_PAD: tl.constexpr,
     D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one piece of a block from one item of the tokens that chose it."""
@@ -369,19 +369,26 @@ def _selected_bwd_dkv_kernel(
     scale2 = scale * LOG2E
     dk, dv = tl.zeros([BN, DK], tl.float32), tl.zeros([BN, DV], tl.float32)
     tokens += begin
-    for i in tl.range(0, (finish - begin).to(tl.int32), TOKENS):
-        live = (index < TOKENS) & (i + index < finish - begin)
+    count = (finish - begin).to(tl.int32)
+    mine = tl.arange(0, TOKENS_PAD)
+    for i in tl.range(0, count, TOKENS):
+        live = (index < TOKENS) & (i + index < count)
         token = tl.load(tokens + i + index, mask=live, other=0)
-        place = tl.load(position + token, mask=live, other=-1) + tl.load(first + token, mask=live, other=0)
         q_tile = gather_rows(q, token, head * q_n, live, q_t, D_K, DK)
         go_tile = gather_rows(grad_o, token, head * o_n, live, o_t, D_V, DV)
         slot = token.to(tl.int64) * n + head
         lse2_row = tl.load(lse2 + slot, mask=live, other=float("inf"))
         delta_row = tl.load(delta + slot, mask=live, other=0.0)
+        near = (mine < TOKENS) & (i + mine < count)
+        near_token = tl.load(tokens + i + mine, mask=near, other=0)
+        place = tl.load(position + near_token, mask=near, other=0) + tl.load(first + near_token, mask=near, other=0)
+        earliest = tl.min(tl.where(near, place, stop), 0)
         scores, dp = dot(k_tile, tl.trans(q_tile)), dot(v_tile, tl.trans(go_tile))
         p, ds = score_gradient(scores, lse2_row[None, :], dp, delta_row[None, :], scale2)
-        seen = (key <= place[None, :]) & (key < stop)
-        p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
+        if earliest < block + piece + BN - 1:
+            own = tl.load(position + token, mask=live, other=-1) + tl.load(first + token, mask=live, other=0)
+            seen = key <= own[None, :]
+            p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
         dv += dot(p.to(go_tile.dtype), go_tile)
         dk += dot(ds.to(q_tile.dtype), q_tile)
     inside = piece + tl.arange(0, BN)
@@ -436,7 +443,7 @@ def selected_attention(
     if tiles is None and tokens * h == hopper.ROWS and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v):
         end = torch.where(places.position < 0, 0, places.first + places.position + 1)
         return hopper.attend(q, k, v, torch.zeros_like(end), end, (entries, counts), l_sel, scale)
-    rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))
+    rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV), 1)
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
         q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, o, lse,
         abs(scale) * LOG2E.value, t, s, n, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -446,11 +453,11 @@ def selected_attention(
     return o, lse
 
 
-def union_tiles(q: Tensor, rows: int, l_sel: int, width: int) -> Tiles:
+def union_tiles(q: Tensor, rows: int, l_sel: int, width: int, stages: int) -> Tiles:
     """Tile sizes of the kernels that walk unions of blocks."""
     rows, bytes_per_key = padded(rows), width * q.element_size()
     keys = min(padded(l_sel), 64 if bytes_per_key <= 256 else 32 if bytes_per_key <= 512 else 16)
-    return Tiles(rows, keys, 4 if rows >= 64 or bytes_per_key > 256 else 2, 2 if bytes_per_key <= 256 else 1)
+    return Tiles(rows, keys, 4 if rows >= 64 or bytes_per_key > 256 else 2, stages if bytes_per_key <= 256 else 1)
 
 
 def selected_attention_backward(
@@ -463,7 +470,7 @@ def selected_attention_backward(
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     width, tokens = max(DK, DV), tile_tokens(h)
-    dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width), gather_tiles(q, h, l_sel, width))
+    dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width, 3), gather_tiles(q, h, l_sel, width))
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
@@ -484,7 +491,7 @@ def selected_attention_backward(
     rows, keys, warps, stages = dkv_tiles
     _selected_bwd_dkv_kernel[(items, triton.cdiv(l_sel, keys))](
         q, k, v, *places, *index, grad_o, lse2, delta, sum_k, sum_v, scale, t, s, n, g, b * g * s, *strides, **sizes,
-        ITEM=ITEM, TOKENS=max(1, rows // h), BM=rows, BN=keys, num_warps=warps, num_stages=stages,
+        ITEM=ITEM, TOKENS=max(1, rows // h), TOKENS_PAD=padded(rows // h, 1), BM=rows, BN=keys, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     for sums, grad, channels in ((sum_k, grad_k, d_k), (sum_v, grad_v, d_v)):
         per_program = max(1, 4096 // padded(channels))
@@ -498,6 +505,6 @@ def selected_attention_backward(
 def gather_tiles(q: Tensor, h: int, l_sel: int, width: int) -> Tiles:
     """Tile sizes of the kernel that gathers the queries of a block."""
     bytes_per_key = width * q.element_size()
-    rows = max(padded(h), 64 if bytes_per_key <= 256 else 32 if bytes_per_key <= 512 else 16)
+    rows = max(padded(h), 32 if bytes_per_key <= 512 else 16)
     keys = min(padded(l_sel), 64 if bytes_per_key <= 512 else 32)
     return Tiles(rows, keys, 4, 2 if bytes_per_key <= 256 else 1)
