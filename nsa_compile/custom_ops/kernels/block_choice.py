@@ -16,12 +16,13 @@ from nsa_compile.custom_ops.kernels.tiles import LOG2E, aligned, dot, gather_row
 
 @triton.jit
 def _group_probabilities_kernel(
-    q, k_tiles, key_start, key_end, lse, out, scale2, first_token, chunk, t, c, n, n_groups, q_b, q_t, q_n,
+    q, k_tiles, key_start, key_end, lse, out, scale2, first_token, chunk, t, width, n, n_groups, q_b, q_t, q_n,
     H: tl.constexpr, HP: tl.constexpr, D_K: tl.constexpr, DK: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """out [b, chunk, g, c] at the compressed tokens that a query sees: `sum_h exp(scale * q·k_cmp - lse)`.
+    """out [b, chunk, g, width] at the compressed tokens that a query sees: `sum_h exp(scale * q·k_cmp - lse)`.
 
-    Keys are the rows of a tile and heads its columns, so that most of the sum over heads is within a thread.
+    If ALIGNED, what follows in the tile is 0. Keys are the rows of a tile and heads its columns, so that most of the sum over heads is within a thread.
     """
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0) * TOKENS
@@ -37,24 +38,33 @@ def _group_probabilities_kernel(
     stored = (mine < chunk) & (first_token + mine < t)
     start = tl.load(key_start + b * t + first_token + mine, mask=stored, other=0x7FFFFFFF)
     end = tl.load(key_end + b * t + first_token + mine, mask=stored, other=0)
-    slot = ((b * chunk + mine) * n_groups + g) * c
+    slot = ((b * chunk + mine) * n_groups + g) * width
     for first in tl.range(tl.min(start, 0), tl.max(end, 0), BN):
         k_tile = load_keys(k_tiles, b, g, first, BN, DK)
         p = tl.exp2(dot(k_tile, tl.trans(q_tile)) * scale2 - lse2[None, :])
         i = first + tl.arange(0, BN)
         seen = (i[:, None] >= start[None, :]) & (i[:, None] < end[None, :])
-        tl.store(out + slot[None, :] + i[:, None], tl.sum(p.reshape(BN, TOKENS, HP), 2), mask=seen)
+        p = tl.sum(p.reshape(BN, TOKENS, HP), 2)
+        if ALIGNED:
+            p = tl.where(seen, p, 0.0)
+            seen = stored[None, :] & (i < width)[:, None]
+        tl.store(out + slot[None, :] + i[:, None], p, mask=seen)
 
 
 @triton.jit
 def _candidate_keys(
-    p, block, count, last, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr
-):
+    p, block, count, last, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
     """int64 keys that order blocks by (score descending, index ascending); forced ones highest, no candidate -1."""
     r = tl.arange(0, AP)
     weight = tl.where(r < A, tl.minimum(A - r, M), 0).to(tl.float32)
     i = block[:, :, None] * A + r[None, None, :]
-    value = tl.load(p + i, mask=(block <= last)[:, :, None] & (r < A)[None, None, :] & (i < count), other=0.0)
+    some = (block <= last) & (block * A < count)
+    if ALIGNED:
+        value = tl.load(p + i, mask=some[:, :, None], other=0.0)
+    else:
+        value = tl.load(p + i, mask=some[:, :, None] & (r < A)[None, None, :] & (i < count), other=0.0)
     score = tl.sum(value * weight[None, None, :], 2)
     for before in tl.static_range(1, M):
         i = block * A - before
@@ -68,10 +78,10 @@ def _candidate_keys(
 
 @triton.jit
 def _top_blocks_kernel(
-    p, position, key_start, key_end, block_indices, first_token, chunk, t, c, n_groups,
+    p, position, key_start, key_end, block_indices, first_token, chunk, t, width, n_groups,
     candidates,
     N: tl.constexpr, L_SEL: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, NP: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """The N highest blocks of a query and group, ascending, from PIECES * WIDTH >= candidates blocks.
 
@@ -83,7 +93,7 @@ def _top_blocks_kernel(
     start = tl.load(key_start + b * t + token)
     count = tl.load(key_end + b * t + token) - start
     last = tl.where(pos >= 0, tl.minimum(pos // L_SEL, candidates - 1), -1)
-    p += ((b * chunk + tl.program_id(0)) * n_groups + g) * c + start
+    p += ((b * chunk + tl.program_id(0)) * n_groups + g) * width + start
     RUN: tl.constexpr = 4
     slot, inside = tl.arange(0, NP), tl.arange(0, RUN)[None, :]
     lane = tl.arange(0, WIDTH // RUN)[:, None] * RUN + inside
@@ -91,7 +101,7 @@ def _top_blocks_kernel(
     runs = tl.zeros([NP], tl.int32)
     limit = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     if PIECES == 1:
-        best = tl.max(_candidate_keys(p, lane, count, last, A, AP, M, INIT, LOCAL), 1)
+        best = tl.max(_candidate_keys(p, lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED), 1)
         for i in tl.range(0, N):
             limit = tl.max(tl.where(best < limit, best, -1), 0)
             runs = tl.where(slot == i, (limit & 0xFFFFFFFF).to(tl.int32), runs)
@@ -99,14 +109,14 @@ def _top_blocks_kernel(
         for i in tl.range(0, N):
             top = tl.full([], -1, tl.int64)
             for piece in tl.range(0, PIECES):
-                keys = _candidate_keys(p, piece * WIDTH + lane, count, last, A, AP, M, INIT, LOCAL)
+                keys = _candidate_keys(p, piece * WIDTH + lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED)
                 best = tl.max(keys, 1)
                 top = tl.maximum(top, tl.max(tl.where(best < limit, best, -1), 0))
             limit = top
             runs = tl.where(slot == i, (limit & 0xFFFFFFFF).to(tl.int32), runs)
     runs = tl.where((slot < N) & (runs >= 0), (0x7FFFFFFF - runs) // RUN, last // RUN + 1)
 
-    keys = _candidate_keys(p, runs[:, None] * RUN + inside, count, last, A, AP, M, INIT, LOCAL).reshape(NP * RUN)
+    keys = _candidate_keys(p, runs[:, None] * RUN + inside, count, last, A, AP, M, INIT, LOCAL, ALIGNED).reshape(NP * RUN)
     chosen = tl.full([NP], 0x7FFFFFFF, tl.int32)
     limit = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     for i in tl.range(0, N):
@@ -140,21 +150,23 @@ def select_blocks(
     HP, bytes_per_row = padded(h, 1), DK * q.element_size()
     columns, keys = (128, 64) if bytes_per_row <= 256 else (64, 64) if bytes_per_row <= 512 else (16, 32)
     tokens = max(1, columns // HP)
-    chunk = max(tokens, scratch // (4 * b * g * max(c, 1)) // tokens * tokens)
+    is_aligned, stride = cu_seqlens is None and keys % A == 0, max(1, triton.cdiv(c, A)) * A
+    chunk = max(tokens, scratch // (4 * b * g * stride) // tokens * tokens)
     chunk = min(chunk, triton.cdiv(t, tokens) * tokens)
-    p = torch.empty(b, chunk, g, c, dtype=torch.float32, device=q.device)
+    p = torch.empty(b, chunk, g, stride, dtype=torch.float32, device=q.device)
     for first in range(0, t, chunk):
         size = min(chunk, t - first)
         if c > 0:
             _group_probabilities_kernel[(triton.cdiv(size, tokens), g, b)](
-                q, key_tiles(k_cmp, keys, DK), *intervals, lse, p, scale * LOG2E.value, first, chunk, t, c, n, g,
-                *q.stride()[:3], H=h, HP=HP, D_K=d_k, DK=DK, TOKENS=tokens, BN=keys, num_warps=4, num_stages=1,
+                q, key_tiles(k_cmp, keys, DK), *intervals, lse, p, scale * LOG2E.value, first, chunk, t, stride, n, g,
+                *q.stride()[:3], H=h, HP=HP, D_K=d_k, DK=DK, TOKENS=tokens, BN=keys, ALIGNED=is_aligned,
+                num_warps=4, num_stages=1,
             )  # fmt: skip
         candidates = blocks if q_start is not None else triton.cdiv(first + size, l_sel)
         width = min(8192, padded(candidates, 128))
         _top_blocks_kernel[(size, g, b)](
-            p, position, *intervals, indices, first, chunk, t, c, g, candidates,
-            N=n_sel, L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks,
+            p, position, *intervals, indices, first, chunk, t, stride, g, candidates,
+            N=n_sel, L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
             WIDTH=width, PIECES=triton.cdiv(candidates, width), NP=padded(n_sel, 1), num_warps=max(1, width // 1024),
         )  # fmt: skip
     return indices

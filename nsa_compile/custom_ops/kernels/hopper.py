@@ -232,6 +232,190 @@ def attend_kernel(
     gl.store(lse + (b.to(gl.int64) * t + token) * n + g * H + row % H, value, mask=live)
 
 
+@gluon.jit
+def _load_queries(
+    q_tiles, go_tiles, q_buffer, go_buffer, ready, tokens, count, i, row, b, g, t, pred,
+    H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """Load the 64 rows of the tile i of q and dO; rows of tokens outside of 0 … t - 1 become 0."""
+    mbarrier.expect(ready, 128 * (q_buffer.shape[3] + go_buffer.shape[3]), pred=pred)
+    if LISTED:
+        for j in gl.static_range(TOKENS):
+            token = t
+            if pred & (i * TOKENS + j < count):
+                token = gl.load(tokens + i * TOKENS + j)
+            tma.async_copy_global_to_shared(
+                q_tiles, [b, token, g * H, 0], ready, q_buffer.slice(j, 1, dim=1), pred=pred
+            )
+            tma.async_copy_global_to_shared(
+                go_tiles, [b, token, g * H, 0], ready, go_buffer.slice(j, 1, dim=1), pred=pred
+            )
+    else:
+        tma.async_copy_global_to_shared(q_tiles, [b, row // H, g * H, 0], ready, q_buffer, pred=pred)
+        tma.async_copy_global_to_shared(go_tiles, [b, row // H, g * H, 0], ready, go_buffer, pred=pred)
+
+
+@gluon.jit
+def _row_slots(tokens, count, i, row, finish, layout: gl.constexpr, H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr):
+    """(token, head in the group, whether it counts) of the 64 rows of the tile i."""
+    index = gl.arange(0, 64, layout=layout)
+    if LISTED:
+        place = i * TOKENS + index // H
+        return gl.load(tokens + place, mask=place < count, other=0), index % H, place < count
+    else:
+        return (row + index) // H, index % H, row + index < finish
+
+
+@gluon.jit
+def sum_keys_kernel(
+    q_tiles, k_tiles, v_tiles, go_tiles, key_start, key_end, query_start, query_end, tokens, ends, item_ends, buckets,
+    lse2, delta, grad_k, grad_v, scale, t, s, n, n_groups, n_buckets, split_stride,
+    H: gl.constexpr, D_K: gl.constexpr, D_V: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    ITEM: gl.constexpr, L_SEL: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of 64 keys from the rows that see them or, if ITEM, from one item of the tokens that chose their block.
+
+    The scores start from -LSE and dP from -delta, so that the tile products give what the softmax gradient takes.
+    """
+    BM: gl.constexpr = 64
+    BN: gl.constexpr = 64
+    LISTED: gl.constexpr = ITEM > 0
+    TOKENS: gl.constexpr = BM // H
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = k_tiles.dtype
+    begin, finish, count, full_begin, full_end, shift = 0, 0, 0, 0, 0, 0
+    if LISTED:
+        item = gl.program_id(0).to(gl.int64)
+        bucket = gl.load(buckets + item)
+        if bucket >= n_buckets:
+            return
+        g, b = (bucket // s % n_groups).to(gl.int32), (bucket // s // n_groups).to(gl.int32)
+        first_key = (bucket % s).to(gl.int32) + gl.program_id(1) * BN
+        before, first_token = item * 0, item * 0
+        if bucket > 0:
+            before, first_token = gl.load(item_ends + bucket - 1), gl.load(ends + bucket - 1)
+        first_token += (item - before) * ITEM
+        count = (gl.minimum(first_token + ITEM, gl.load(ends + bucket)) - first_token).to(gl.int32)
+        tokens += first_token
+        tiles = (count + TOKENS - 1) // TOKENS
+        slot = item * L_SEL + gl.program_id(1) * BN
+        shift = gl.load(key_start + b.to(gl.int64) * t) + gl.load(key_end + b.to(gl.int64) * t)
+    else:
+        part = gl.program_id(1)
+        g, b = gl.program_id(2) % n_groups, gl.program_id(2) // n_groups
+        first_key = gl.program_id(0) * BN
+        last_key = gl.minimum(first_key + BN, s) - 1
+        query_start += b.to(gl.int64) * s
+        query_end += b.to(gl.int64) * s
+        begin, finish = gl.load(query_start + first_key) * H, gl.load(query_end + last_key) * H
+        full_begin, full_end = gl.load(query_start + last_key) * H, gl.load(query_end + first_key) * H
+        size = ((finish - begin + gl.num_programs(1) - 1) // gl.num_programs(1) + BM - 1) // BM * BM
+        begin += part * size
+        finish = gl.minimum(finish, begin + size)
+        tiles = gl.maximum(finish - begin + BM - 1, 0) // BM
+        slot = part * split_stride + b.to(gl.int64) * s + first_key
+    key_start += b.to(gl.int64) * t
+    key_end += b.to(gl.int64) * t
+    lse2 += b.to(gl.int64) * t * n + g * H
+    delta += b.to(gl.int64) * t * n + g * H
+
+    k_buffer = gl.allocate_shared_memory(dtype, k_tiles.block_type.shape, k_tiles.layout)
+    v_buffer = gl.allocate_shared_memory(dtype, v_tiles.block_type.shape, v_tiles.layout)
+    q_buffers = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, H, DK], q_tiles.layout)
+    go_buffers = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, H, DV], go_tiles.layout)
+    lse_buffer = gl.allocate_shared_memory(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    delta_buffer = gl.allocate_shared_memory(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(3):
+        mbarrier.init(ready.index(j), count=1)
+    fence_async_shared()
+    mbarrier.expect(ready.index(2), k_tiles.block_type.nbytes + v_tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_tiles, [b, g, first_key, 0], ready.index(2), k_buffer)
+    tma.async_copy_global_to_shared(v_tiles, [b, g, first_key, 0], ready.index(2), v_buffer)
+    _load_queries(
+        q_tiles, go_tiles, q_buffers.index(0), go_buffers.index(0), ready.index(0), tokens, count, 0, begin, b, g, t,
+        tiles > 0, H, TOKENS, LISTED,
+    )  # fmt: skip
+    k_shared, v_shared = k_buffer.reshape([BN, DK]), v_buffer.reshape([BN, DV])
+    scale2 = scale * 1.4426950408889634
+    key = gl.expand_dims(first_key + gl.arange(0, BN, layout=gl.SliceLayout(1, s_layout)), 1)
+    zero = gl.zeros([BN, BM], gl.float32, layout=s_layout)
+    dk = warpgroup_mma_init(gl.zeros([BN, DK], gl.float32, layout=k_layout))
+    dv = warpgroup_mma_init(gl.zeros([BN, DV], gl.float32, layout=v_layout))
+    token, head, live = _row_slots(tokens, count, 0, begin, finish, lanes, H, TOKENS, LISTED)
+    row_lse = gl.load(lse2 + token.to(gl.int64) * n + head, mask=live, other=float("inf"))
+    row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
+    mbarrier.wait(ready.index(2), 0)
+
+    for i in range(0, tiles):
+        row = begin + i * BM
+        lse_buffer.store(row_lse / -scale2)
+        delta_buffer.store(-row_delta)
+        s_start = zero + gl.expand_dims(lse_buffer.load(columns), 0)
+        dp_start = zero + gl.expand_dims(delta_buffer.load(columns), 0)
+        token, head, live = _row_slots(tokens, count, i + 1, row + BM, finish, lanes, H, TOKENS, LISTED)
+        row_lse = gl.load(lse2 + token.to(gl.int64) * n + head, mask=live, other=float("inf"))
+        row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
+        mbarrier.wait(ready.index(i & 1), (i >> 1) & 1)
+        q_shared, go_shared = q_buffers.index(i & 1).reshape([BM, DK]), go_buffers.index(i & 1).reshape([BM, DV])
+        scores = warpgroup_mma(k_shared, q_shared.permute((1, 0)), s_start, is_async=True)
+        dp = warpgroup_mma(v_shared, go_shared.permute((1, 0)), dp_start, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        _load_queries(
+            q_tiles, go_tiles, q_buffers.index((i + 1) & 1), go_buffers.index((i + 1) & 1), ready.index((i + 1) & 1),
+            tokens, count, i + 1, row + BM, b, g, t, i + 1 < tiles, H, TOKENS, LISTED,
+        )  # fmt: skip
+        p = gl.exp2(scores * scale2)
+        if LISTED:
+            earliest = t
+            for j in gl.static_range(TOKENS):
+                if i * TOKENS + j < count:
+                    earliest = gl.minimum(earliest, gl.load(tokens + i * TOKENS + j))
+            masked = earliest + shift < first_key + BN - 1
+        else:
+            masked = (row < full_begin) | (row + BM > full_end)
+        if masked:
+            here, _, alive = _row_slots(tokens, count, i, row, finish, columns, H, TOKENS, LISTED)
+            if LISTED:
+                seen = key <= gl.expand_dims(here + shift, 0)
+            else:
+                first_seen = gl.load(key_start + here, mask=alive, other=0)
+                last_seen = gl.load(key_end + here, mask=alive, other=0)
+                seen = (key >= gl.expand_dims(first_seen, 0)) & (key < gl.expand_dims(last_seen, 0))
+            p = gl.where(seen, p, 0.0)
+        p_operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
+        dp = warpgroup_mma_wait(0, [dp])
+        dv = warpgroup_mma(p_operand, go_shared, dv, is_async=True)
+        ds = gl.convert_layout((p * dp).to(dtype), gl.DotOperandLayout(0, k_layout, 2))
+        dk = warpgroup_mma(ds, q_shared, dk, is_async=True)
+
+    dv, dk = warpgroup_mma_wait(0, [dv, dk])
+    for j in gl.static_range(3):
+        mbarrier.invalidate(ready.index(j))
+    _store_keys(grad_k, dk * scale, slot, s - first_key, n_groups, g, k_layout, D_K, DK, LISTED)
+    _store_keys(grad_v, dv, slot, s - first_key, n_groups, g, v_layout, D_V, DV, LISTED)
+
+
+@gluon.jit
+def _store_keys(
+    out, tile, slot, keys, n_groups, g, layout: gl.constexpr, WIDTH: gl.constexpr, COLS: gl.constexpr,
+    LISTED: gl.constexpr,
+):  # fmt: skip
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    column = gl.expand_dims(gl.arange(0, COLS, layout=gl.SliceLayout(0, layout)), 0)
+    if LISTED:
+        offset = (slot + row) * WIDTH
+        mask = column < WIDTH
+    else:
+        offset = ((slot + row) * n_groups + g) * WIDTH
+        mask = gl.expand_dims(row < keys, 1) & (column < WIDTH)
+    gl.store(out + gl.expand_dims(offset, 1) + column, tile.to(out.dtype.element_ty), mask=mask)
+
+
 def tile_widths(q: Tensor, d_k: int, d_v: int) -> tuple[int, int]:
     """Channels of the tiles of q and k, and of v."""
     return max(64, padded(d_k)), max(64, padded(d_v))
@@ -244,11 +428,15 @@ def takes(q: Tensor, d_k: int, d_v: int) -> bool:
     return fits and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
-def key_tiles(x: Tensor, cols: int) -> TensorDescriptor:
-    """Descriptor of tiles [1, 1, KEYS, cols] of `aligned` x [b, s, g, d] seen as [b, g, s, d]; 0 outside."""
-    x, block = x.transpose(1, 2), [1, 1, KEYS, cols]
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """Descriptor of tiles of an `aligned` tensor of rank 4, 0 outside."""
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def key_tiles(x: Tensor, cols: int) -> TensorDescriptor:
+    """Descriptor of tiles [1, 1, KEYS, cols] of `aligned` x [b, s, g, d] seen as [b, g, s, d]."""
+    return _descriptor(x.transpose(1, 2), [1, 1, KEYS, cols])
 
 
 def attend(
@@ -266,3 +454,29 @@ def attend(
         PIECES=l_sel // KEYS, NEGATIVE=scale < 0, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return o, lse
+
+
+def sums_keys(q: Tensor, d_k: int, d_v: int, h: int, scale: float, listed: bool) -> bool:
+    """Whether `sum_keys_kernel` runs on this device and takes these sizes."""
+    heads = h in (8, 16, 32, 64) or (h in (1, 2, 4) and not listed)
+    return heads and scale != 0 and takes(q, d_k, d_v) and tile_widths(q, d_k, d_v)[0] <= 128
+
+
+def sum_keys(
+    q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor, lse2: Tensor, delta: Tensor, start: Tensor, end: Tensor,
+    grad_k: Tensor, grad_v: Tensor, scale: float, *, queries: tuple[Tensor, Tensor] | None = None,
+    index: tuple[Tensor, ...] | None = None, item: int = 0, l_sel: int = KEYS,
+) -> None:  # fmt: skip
+    """Write dK and dV, in parts: of the keys that the `queries` of each see, grad [parts, b, s, g, d]; or of the blocks
+    of an inverse `index` in items of `item` tokens, grad [items, l_sel, d], (start, end) being the queries' places.
+    """
+    (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    h, (DK, DV) = n // g, tile_widths(q, d_k, d_v)
+    tokens = 1 if index else ROWS // h
+    grid = (grad_k.shape[0], l_sel // KEYS) if index else (triton.cdiv(s, KEYS), grad_k.shape[0], g * b)
+    sum_keys_kernel[grid](
+        _descriptor(q, [1, tokens, h, DK]), key_tiles(k, DK), key_tiles(v, DV), _descriptor(grad_o, [1, tokens, h, DV]),
+        start, end, *(queries or (start, start)), *(index or (start, start, start, start)), lse2, delta, grad_k, grad_v,
+        scale, t, s, n, g, b * g * s, b * s,
+        H=h, D_K=d_k, D_V=d_v, DK=DK, DV=DV, ITEM=item, L_SEL=l_sel, num_warps=4,
+    )  # fmt: skip

@@ -341,15 +341,23 @@ def interval_attention_backward(
         *strides, **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     rows, keys, warps, stages = dkv_tiles
+    on_hopper = tiles is None and hopper.sums_keys(q, d_k, d_v, h, scale, listed=False)
+    if on_hopper:
+        rows, keys = hopper.ROWS, hopper.KEYS
     columns = triton.cdiv(s, keys)
     parts = parts or max(1, min(16, 2048 // (columns * g * b), triton.cdiv(t * h, 4 * rows)))
     whole = parts == 1
     grad_k = torch.empty(parts, *k.shape, dtype=k.dtype if whole else torch.float32, device=k.device)
     grad_v = torch.empty(parts, *v.shape, dtype=v.dtype if whole else torch.float32, device=v.device)
-    _interval_bwd_dkv_kernel[(columns, parts, g * b)](
-        q, k, v, query_tiles(q, h, rows, DK), query_tiles(grad_o, h, rows, DV), *intervals, *intervals.of_keys(s),
-        grad_o, lse2, delta, grad_k, grad_v, scale, t, s, n, g, *strides, b * s, **sizes, BM=rows, BN=keys, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    queries = intervals.of_keys(s)
+    if on_hopper:
+        hopper.sum_keys(q, k, v, grad_o, lse2, delta, *intervals, grad_k, grad_v, scale, queries=queries)
+    else:
+        _interval_bwd_dkv_kernel[(columns, parts, g * b)](
+            q, k, v, query_tiles(q, h, rows, DK), query_tiles(grad_o, h, rows, DV), *intervals, *queries,
+            grad_o, lse2, delta, grad_k, grad_v, scale, t, s, n, g, *strides, b * s,
+            **sizes, BM=rows, BN=keys, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     if whole:
         return grad_q, grad_k[0], grad_v[0]
     return grad_q, grad_k.sum(0).to(k.dtype), grad_v.sum(0).to(v.dtype)

@@ -466,7 +466,7 @@ def selected_attention_backward(
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients (dq, dk, dv) of `selected_attention`."""
-    q, k, v, grad_o = row_major(q), aligned(k), aligned(v), row_major(grad_o)
+    q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     width, tokens = max(DK, DV), tile_tokens(h)
@@ -488,11 +488,17 @@ def selected_attention_backward(
     index = invert(block_indices, places, s, l_sel, max_blocks)
     items = len(index.bucket)
     sum_k, sum_v = (torch.empty(items, l_sel, x, dtype=torch.float32, device=q.device) for x in (d_k, d_v))
-    rows, keys, warps, stages = dkv_tiles
-    _selected_bwd_dkv_kernel[(items, triton.cdiv(l_sel, keys))](
-        q, k, v, *places, *index, grad_o, lse2, delta, sum_k, sum_v, scale, t, s, n, g, b * g * s, *strides, **sizes,
-        ITEM=ITEM, TOKENS=max(1, rows // h), TOKENS_PAD=padded(rows // h, 1), BM=rows, BN=keys, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    if tiles is None and l_sel % hopper.KEYS == 0 and hopper.sums_keys(q, d_k, d_v, h, scale, listed=True):
+        hopper.sum_keys(
+            q, k, v, grad_o, lse2, delta, *places, sum_k, sum_v, scale, index=index, item=ITEM, l_sel=l_sel
+        )
+    else:
+        rows, keys, warps, stages = dkv_tiles
+        _selected_bwd_dkv_kernel[(items, triton.cdiv(l_sel, keys))](
+            q, k, v, *places, *index, grad_o, lse2, delta, sum_k, sum_v, scale, t, s, n, g, b * g * s, *strides,
+            **sizes, ITEM=ITEM, TOKENS=max(1, rows // h), TOKENS_PAD=padded(rows // h, 1), BM=rows, BN=keys,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     for sums, grad, channels in ((sum_k, grad_k, d_k), (sum_v, grad_v, d_v)):
         per_program = max(1, 4096 // padded(channels))
         _sum_items_kernel[(triton.cdiv(s, per_program), g, b)](
