@@ -43,12 +43,12 @@ def _group_probabilities_kernel(
         k_tile = load_keys(k_tiles, b, g, first, BN, DK)
         p = tl.exp2(dot(k_tile, tl.trans(q_tile)) * scale2 - lse2[None, :])
         i = first + tl.arange(0, BN)
-        seen = (i[:, None] >= start[None, :]) & (i[:, None] < end[None, :])
         p = tl.sum(p.reshape(BN, TOKENS, HP), 2)
+        seen = i[:, None] < end[None, :]
         if ALIGNED:
-            p = tl.where(seen, p, 0.0)
-            seen = stored[None, :] & (i < width)[:, None]
-        tl.store(out + slot[None, :] + i[:, None], p, mask=seen)
+            tl.store(out + slot[None, :] + i[:, None], tl.where(seen, p, 0.0))
+        else:
+            tl.store(out + slot[None, :] + i[:, None], p, mask=seen & (i[:, None] >= start[None, :]))
 
 
 @triton.jit
@@ -58,17 +58,24 @@ def _candidate_keys(
 ):  # fmt: skip
     """int64 keys that order blocks by (score descending, index ascending); forced ones highest, no candidate -1."""
     r = tl.arange(0, AP)
-    weight = tl.where(r < A, tl.minimum(A - r, M), 0).to(tl.float32)
-    i = block[:, :, None] * A + r[None, None, :]
+    own = tl.where(r < A, tl.minimum(A - r, M), 0)[None, :]
+    after = tl.where(r < A, M, 0)[None, :] - own
+    i = block[:, None] * A + r[None, :]
     some = (block <= last) & (block * A < count)
     if ALIGNED:
-        value = tl.load(p + i, mask=some[:, :, None], other=0.0)
+        i = tl.multiple_of(i, (1, AP))
+        value = tl.load(p + i, mask=some[:, None], other=0.0)
     else:
-        value = tl.load(p + i, mask=some[:, :, None] & (r < A)[None, None, :] & (i < count), other=0.0)
-    score = tl.sum(value * weight[None, None, :], 2)
-    for before in tl.static_range(1, M):
-        i = block * A - before
-        score += tl.load(p + i, mask=(block <= last) & (i >= 0) & (i < count), other=0.0) * (M - before)
+        value = tl.load(p + i, mask=some[:, None] & (own > 0) & (i < count), other=0.0)
+    score = tl.sum(value * own, 1)
+    if M > 1:
+        i -= A
+        some = (block <= last) & (block > 0) & ((block - 1) * A < count)
+        if ALIGNED:
+            value = tl.load(p + tl.multiple_of(i, (1, AP)), mask=some[:, None], other=0.0)
+        else:
+            value = tl.load(p + i, mask=some[:, None] & (after > 0) & (i < count), other=0.0)
+        score += tl.sum(value * after, 1)
     score = tl.where(score == score, tl.maximum(score, 0.0), 0.0)
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where((block < INIT) | (block > last - LOCAL), 0x7FFFFFFF, bits)
@@ -78,14 +85,13 @@ def _candidate_keys(
 
 @triton.jit
 def _top_blocks_kernel(
-    p, position, key_start, key_end, block_indices, first_token, chunk, t, width, n_groups,
-    candidates,
-    N: tl.constexpr, L_SEL: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr,
-    INIT: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, NP: tl.constexpr,
+    p, position, key_start, key_end, block_indices, first_token, chunk, t, width, n_groups, candidates, n,
+    L_SEL: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    ALIGNED: tl.constexpr, TEAMS: tl.constexpr, TEAM: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
-    """The N highest blocks of a query and group, ascending, from PIECES * WIDTH >= candidates blocks.
+    """The n highest blocks of a query and group, ascending, from TEAMS * TEAM >= candidates blocks.
 
-    They lie within the N best of the runs of RUN blocks, a run being as good as its best block.
+    They lie within the n best teams, each as good as its best block; block j belongs to team j % TEAMS.
     """
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = first_token + tl.program_id(0)
@@ -93,41 +99,34 @@ def _top_blocks_kernel(
     start = tl.load(key_start + b * t + token)
     count = tl.load(key_end + b * t + token) - start
     last = tl.where(pos >= 0, tl.minimum(pos // L_SEL, candidates - 1), -1)
-    p += ((b * chunk + tl.program_id(0)) * n_groups + g) * width + start
-    RUN: tl.constexpr = 4
-    slot, inside = tl.arange(0, NP), tl.arange(0, RUN)[None, :]
-    lane = tl.arange(0, WIDTH // RUN)[:, None] * RUN + inside
+    p += tl.multiple_of(((b * chunk + tl.program_id(0)) * n_groups + g) * width, 16)
+    if not ALIGNED:
+        p += start
+    slot, lane = tl.arange(0, NP), tl.arange(0, TEAMS)
 
-    runs = tl.zeros([NP], tl.int32)
+    best = tl.full([TEAMS], -1, tl.int64)
+    for first in tl.range(0, last + 1, TEAMS):
+        best = tl.maximum(best, _candidate_keys(p, first + lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED))
+    team = tl.full([NP], -1, tl.int32)
     limit = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    if PIECES == 1:
-        best = tl.max(_candidate_keys(p, lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED), 1)
-        for i in tl.range(0, N):
-            limit = tl.max(tl.where(best < limit, best, -1), 0)
-            runs = tl.where(slot == i, (limit & 0xFFFFFFFF).to(tl.int32), runs)
-    else:
-        for i in tl.range(0, N):
-            top = tl.full([], -1, tl.int64)
-            for piece in tl.range(0, PIECES):
-                keys = _candidate_keys(p, piece * WIDTH + lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED)
-                best = tl.max(keys, 1)
-                top = tl.maximum(top, tl.max(tl.where(best < limit, best, -1), 0))
-            limit = top
-            runs = tl.where(slot == i, (limit & 0xFFFFFFFF).to(tl.int32), runs)
-    runs = tl.where((slot < N) & (runs >= 0), (0x7FFFFFFF - runs) // RUN, last // RUN + 1)
+    for i in tl.range(0, n):
+        limit = tl.max(tl.where(best < limit, best, -1), 0)
+        of_limit = tl.where(limit < 0, -1, (0x7FFFFFFF - (limit & 0x7FFFFFFF)) % TEAMS).to(tl.int32)
+        team = tl.where(slot == i, of_limit, team)
 
-    keys = _candidate_keys(p, runs[:, None] * RUN + inside, count, last, A, AP, M, INIT, LOCAL, ALIGNED).reshape(NP * RUN)
+    block = tl.where(team < 0, last + 1, team)[None, :] + tl.arange(0, TEAM)[:, None] * TEAMS
+    keys = _candidate_keys(p, block.reshape(TEAM * NP), count, last, A, AP, M, INIT, LOCAL, ALIGNED)
     chosen = tl.full([NP], 0x7FFFFFFF, tl.int32)
     limit = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    for i in tl.range(0, N):
+    for i in tl.range(0, n):
         limit = tl.max(tl.where(keys < limit, keys, -1), 0)
-        block = tl.where(limit < 0, 0x7FFFFFFF, 0x7FFFFFFF - (limit & 0x7FFFFFFF)).to(tl.int32)
-        chosen = tl.where(slot == i, block, chosen)
+        of_limit = tl.where(limit < 0, 0x7FFFFFFF, 0x7FFFFFFF - (limit & 0x7FFFFFFF)).to(tl.int32)
+        chosen = tl.where(slot == i, of_limit, chosen)
     place = tl.sum((chosen[None, :] < chosen[:, None]).to(tl.int32), 1)
-    out = block_indices + ((b * t + token) * n_groups + g) * N
+    out = block_indices + ((b * t + token) * n_groups + g) * n
     some = chosen < 0x7FFFFFFF
     tl.store(out + place, chosen, mask=some)
-    tl.store(out + slot, tl.full([NP], -1, tl.int32), mask=(slot < N) & (slot >= tl.sum(some.to(tl.int32), 0)))
+    tl.store(out + slot, tl.full([NP], -1, tl.int32), mask=(slot < n) & (slot >= tl.sum(some.to(tl.int32), 0)))
 
 
 SCRATCH = 64 * 2**20
@@ -150,7 +149,7 @@ def select_blocks(
     HP, bytes_per_row = padded(h, 1), DK * q.element_size()
     columns, keys = (128, 64) if bytes_per_row <= 256 else (64, 64) if bytes_per_row <= 512 else (16, 32)
     tokens = max(1, columns // HP)
-    is_aligned, stride = cu_seqlens is None and keys % A == 0, max(1, triton.cdiv(c, A)) * A
+    is_aligned, stride = cu_seqlens is None and keys % A == 0, triton.cdiv(max(1, c), keys) * keys
     chunk = max(tokens, scratch // (4 * b * g * stride) // tokens * tokens)
     chunk = min(chunk, triton.cdiv(t, tokens) * tokens)
     p = torch.empty(b, chunk, g, stride, dtype=torch.float32, device=q.device)
@@ -163,10 +162,11 @@ def select_blocks(
                 num_warps=4, num_stages=1,
             )  # fmt: skip
         candidates = blocks if q_start is not None else triton.cdiv(first + size, l_sel)
-        width = min(8192, padded(candidates, 128))
+        teams = min(4096, padded(triton.cdiv(candidates, 4), 32))
         _top_blocks_kernel[(size, g, b)](
-            p, position, *intervals, indices, first, chunk, t, stride, g, candidates,
-            N=n_sel, L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
-            WIDTH=width, PIECES=triton.cdiv(candidates, width), NP=padded(n_sel, 1), num_warps=max(1, width // 1024),
+            p, position, *intervals, indices, first, chunk, t, stride, g, candidates, n_sel,
+            L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
+            TEAMS=teams, TEAM=padded(triton.cdiv(candidates, teams), 4), NP=padded(n_sel, 1),
+            num_warps=max(1, teams // 512),
         )  # fmt: skip
     return indices
