@@ -19,7 +19,7 @@ from nsa_compile import (
     selected_attention,
     selection_ranges,
 )
-from nsa_compile.ops.selection import block_overlap, compression_probabilities, group_scores, selection_scores
+from nsa_compile.ops.selection import compression_probabilities, group_scores, selection_scores
 
 SETTINGS = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -71,7 +71,7 @@ def test_compressed_blocks_start_anew_in_each_packed_sequence():
 
 
 def test_weights_of_the_paper_are_1_2_2_2_1():
-    overlap = block_overlap(32, 8, l=32, d=16, l_sel=64)
+    overlap = selection_scores(torch.eye(32), l=32, d=16, l_sel=64, n_blocks=8)
     assert overlap.shape == (32, 8)
     for j in range(8):
         weights = {4 * j - 1: 1, 4 * j: 2, 4 * j + 1: 2, 4 * j + 2: 2, 4 * j + 3: 1}
@@ -83,7 +83,8 @@ def test_weights_of_the_paper_are_1_2_2_2_1():
 def test_weights_count_shared_tokens(sizes, c, n_blocks):
     l, d, l_sel = sizes
     expected = [[oracle.shared_tokens(i, j, l, d, l_sel) / d for j in range(n_blocks)] for i in range(c)]
-    assert block_overlap(c, n_blocks, l=l, d=d, l_sel=l_sel).tolist() == expected
+    one_hot = torch.eye(c, dtype=torch.float64)
+    assert selection_scores(one_hot, l=l, d=d, l_sel=l_sel, n_blocks=n_blocks).tolist() == expected
 
 
 @SETTINGS

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from torch import Tensor
 
 from nsa_compile.ops.attend import (
@@ -17,14 +17,6 @@ from nsa_compile.ops.attend import (
 )
 from nsa_compile.ops.compression import compressed_view
 from nsa_compile.ops.layout import compressed_slots, num_cmp_at, query_chunks, query_layout
-
-
-def block_overlap(c: int, n_blocks: int, *, l: int, d: int, l_sel: int, device: torch.device | None = None) -> Tensor:
-    """Tokens that compression block i and selection block j share, over d: fp32 [c, n_blocks] (Eq. 9)."""
-    start = torch.arange(c, device=device)[:, None] * d
-    start_sel = torch.arange(n_blocks, device=device) * l_sel
-    shared = torch.minimum(start + l, start_sel + l_sel) - torch.maximum(start, start_sel)
-    return shared.clamp_min(0) / d
 
 
 def compression_probabilities(
@@ -48,11 +40,15 @@ def selection_scores(
     p_cmp: Tensor, *, l: int, d: int, l_sel: int, n_blocks: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """`p_slc[j] = sum_i p_cmp[i] * overlap(i, j) / d` (Eq. 9): [..., c] → [..., n_blocks] of the own sequence."""
-    overlap = block_overlap(p_cmp.shape[-1], n_blocks, l=l, d=d, l_sel=l_sel, device=p_cmp.device).to(p_cmp.dtype)
-    if cu_seqlens is not None:
-        block, _, _ = compressed_slots(p_cmp.shape[-1], cu_seqlens, l=l, d=d)
-        overlap = overlap[block]
-    return einsum(p_cmp, overlap, "... c, c n -> ... n")
+    c, device = p_cmp.shape[-1], p_cmp.device
+    block = torch.arange(c, device=device) if cu_seqlens is None else compressed_slots(c, cu_seqlens, l=l, d=d)[0]
+    # l <= l_sel: a compression block meets the selection block in which it begins and at most the one after
+    first = block * d // l_sel
+    own = ((first + 1) * l_sel - block * d).clamp_max(l)
+    p_slc = p_cmp.new_zeros(*p_cmp.shape[:-1], n_blocks + 1)
+    for j, tokens in ((first, own), (first + 1, l - own)):
+        p_slc = p_slc.index_add(-1, j.clamp_max(n_blocks), p_cmp * (tokens / d).to(p_cmp.dtype))
+    return p_slc[..., :n_blocks]
 
 
 def group_scores(p_slc: Tensor) -> Tensor:

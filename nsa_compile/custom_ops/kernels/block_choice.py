@@ -11,7 +11,16 @@ from torch import Tensor
 
 from nsa_compile.custom_ops.kernels.interval import compressed_intervals
 from nsa_compile.custom_ops.kernels.selection import query_places
-from nsa_compile.custom_ops.kernels.tiles import LOG2E, aligned, dot, gather_rows, key_tiles, load_keys, padded, row_major
+from nsa_compile.custom_ops.kernels.tiles import (
+    LOG2E,
+    aligned,
+    dot,
+    gather_rows,
+    key_tiles,
+    load_keys,
+    padded,
+    row_major,
+)
 
 
 @triton.jit
@@ -22,7 +31,8 @@ def _group_probabilities_kernel(
 ):  # fmt: skip
     """out [b, chunk, g, width] at the compressed tokens that a query sees: `sum_h exp(scale * q·k_cmp - lse)`.
 
-    If ALIGNED, what follows in the tile is 0. Keys are the rows of a tile and heads its columns, so that most of the sum over heads is within a thread.
+    If ALIGNED, what follows in the tile is 0. Keys are the rows of a tile and heads its columns, so that most of the
+    sum over heads is within a thread.
     """
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = tl.program_id(0) * TOKENS

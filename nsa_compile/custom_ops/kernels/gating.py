@@ -1,6 +1,5 @@
 """The gated sum of the branches and its gradient, one pass over memory each."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

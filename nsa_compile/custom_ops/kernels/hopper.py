@@ -1,7 +1,8 @@
-"""The forward of attention to intervals and to selected blocks for Hopper GPUs, in Gluon.
+"""Attention to intervals and to selected blocks on Hopper GPUs, in Gluon: the forward, dK and dV.
 
-A program has 64 query rows and walks tiles of 64 keys, which TMA loads: first the tiles that need a mask, then the whole
-ones, where the scores of a tile are computed while the values of the one before are summed.
+TMA loads the tiles. The forward: 64 query rows walk tiles of 64 keys, first those that need a mask, then whole ones,
+where the scores of a tile are computed while the values of the one before are summed. dK and dV: 64 keys walk tiles of
+64 rows.
 """
 
 import torch
@@ -52,7 +53,9 @@ def _softmax(s, top, total, scale2, chosen, LISTED: gl.constexpr):
         new_top = gl.maximum(top, gl.max(s, 1))
         base = new_top * scale2
     p = gl.exp2(s * scale2 - gl.expand_dims(base, 1))
-    decay = gl.where(top > float("-inf"), gl.exp2((top - new_top) * scale2), gl.where(new_top > float("-inf"), 0.0, 1.0))
+    decay = gl.where(
+        top > float("-inf"), gl.exp2((top - new_top) * scale2), gl.where(new_top > float("-inf"), 0.0, 1.0)
+    )
     return p, decay, new_top, total * decay + gl.sum(p, 1)
 
 
@@ -118,7 +121,7 @@ def attend_kernel(
     q_shared_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, DK], dtype)
     q_shared = gl.allocate_shared_memory(dtype, [BM, DK], q_shared_layout, q_value)
     k_buffer = gl.allocate_shared_memory(dtype, k_tiles.block_type.shape, k_tiles.layout)
-    v_buffers = gl.allocate_shared_memory(dtype, [2] + v_tiles.block_type.shape, v_tiles.layout)
+    v_buffers = gl.allocate_shared_memory(dtype, [2, 1, 1, BN, DV], v_tiles.layout)
     k_shared = k_buffer.reshape([BN, DK]).permute((1, 0))
     broken_keys = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -256,7 +259,9 @@ def _load_queries(
 
 
 @gluon.jit
-def _row_slots(tokens, count, i, row, finish, layout: gl.constexpr, H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr):
+def _row_slots(
+    tokens, count, i, row, finish, layout: gl.constexpr, H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr
+):
     """(token, head in the group, whether it counts) of the 64 rows of the tile i."""
     index = gl.arange(0, 64, layout=layout)
     if LISTED:

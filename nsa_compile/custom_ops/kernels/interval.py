@@ -1,7 +1,7 @@
 """Attention of queries to an interval of keys each: the kernels of compressed attention and of the sliding window.
 
 The query at t sees the keys `start[t] … end[t] - 1`; both ends never fall with t. So the queries that see a key are an
-interval, too, and a tile of queries and keys needs a mask only near the ends. The heads of a group are rows of one tile.
+interval, too, and a tile of queries and keys needs a mask only near the ends. A tile's rows are a group's heads.
 """
 
 from typing import NamedTuple
@@ -193,8 +193,8 @@ def _interval_bwd_dq_kernel(
 
 @triton.jit
 def _interval_dkv_range(
-    dk, dv, k, v, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, first, last, b, g, n, scale2,
-    q_t, q_n, o_t, o_n,
+    dk, dv, k, v, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, first, last, b, g, n,
+    scale2, q_t, q_n, o_t, o_n,
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -264,16 +264,16 @@ def _interval_bwd_dkv_kernel(
     scale2 = scale * LOG2E
     dk, dv = tl.zeros([BN, DK], tl.float32), tl.zeros([BN, DV], tl.float32)
     dk, dv = _interval_dkv_range(
-        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, begin, full_begin,
-        b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, False,
+        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, begin,
+        full_begin, b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, False,
     )  # fmt: skip
     dk, dv = _interval_dkv_range(
-        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, full_begin, full_end,
-        b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, True,
+        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key,
+        full_begin, full_end, b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, True,
     )  # fmt: skip
     dk, dv = _interval_dkv_range(
-        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key, full_end, finish,
-        b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, False,
+        dk, dv, k_tile, v_tile, q, grad_o, q_tiles, go_tiles, key_start, key_end, lse2, delta, first_key,
+        full_end, finish, b, g, n, scale2, q_t, q_n, o_t, o_n, H, D_K, D_V, DK, DV, BM, BN, False,
     )  # fmt: skip
     key = first_key + tl.arange(0, BN)
     slot = (part.to(tl.int64) * split_stride + b * s + key) * n_groups + g

@@ -194,8 +194,8 @@ def _selected_fwd_kernel(
 
 @triton.jit
 def _selected_dq_blocks(
-    acc, q, grad_o, k, v, k_tiles, v_tiles, lse2, delta, entries, first, last, index, place, end, scale2, k_s, v_s, b, g,
-    L_SEL: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    acc, q, grad_o, k, v, k_tiles, v_tiles, lse2, delta, entries, first, last, index, place, end, scale2, k_s, v_s,
+    b, g, L_SEL: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = (L_SEL + BN - 1) // BN
@@ -489,9 +489,7 @@ def selected_attention_backward(
     items = len(index.bucket)
     sum_k, sum_v = (torch.empty(items, l_sel, x, dtype=torch.float32, device=q.device) for x in (d_k, d_v))
     if tiles is None and l_sel % hopper.KEYS == 0 and hopper.sums_keys(q, d_k, d_v, h, scale, listed=True):
-        hopper.sum_keys(
-            q, k, v, grad_o, lse2, delta, *places, sum_k, sum_v, scale, index=index, item=ITEM, l_sel=l_sel
-        )
+        hopper.sum_keys(q, k, v, grad_o, lse2, delta, *places, sum_k, sum_v, scale, index=index, item=ITEM, l_sel=l_sel)
     else:
         rows, keys, warps, stages = dkv_tiles
         _selected_bwd_dkv_kernel[(items, triton.cdiv(l_sel, keys))](

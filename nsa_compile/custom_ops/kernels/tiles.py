@@ -54,7 +54,7 @@ def load_keys(tiles, b, g, key, KEYS: tl.constexpr, COLS: tl.constexpr):
 
 
 def query_tiles(x: Tensor, h: int, rows: int, cols: int) -> TensorDescriptor:
-    """Descriptor of tiles [1, tokens, heads, cols] of `aligned` x [b, t, n, d], of `rows` rows of a group of h heads."""
+    """Descriptor of tiles [1, tokens, heads, cols], `rows` rows of a group of h heads, of `aligned` x [b, t, n, d]."""
     heads = min(rows, padded(h, 1))
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows // heads, heads, cols])
 
@@ -117,8 +117,8 @@ def accumulate(acc, top, total, q, k, v, scale2, seen=None, CAREFUL: tl.constexp
     """One step of the online softmax over a tile of keys: new (acc, top, total).
 
     Scores are `scale2 * q·k` in base 2, scale2 >= 0. `top` is the largest score so far divided by scale2, -inf if none.
-    `seen` hides pairs: bool [rows, keys] if CAREFUL, where also NaN in hidden values is kept from the rows; bool [rows],
-    True for rows that see the whole tile and False for rows that see none of it; None where all see all.
+    `seen` hides pairs: bool [rows, keys] if CAREFUL, where also NaN in hidden values is kept from the rows; or bool
+    [rows], True for rows that see the whole tile and False for rows that see none of it; None where all see all.
     """
     scores = dot(q, tl.trans(k))
     if CAREFUL:
