@@ -145,7 +145,6 @@ def test_heads_that_are_no_multiple_of_the_groups(name):
         ("window_attention", {"w": 0}, "w: expected at least 1, got 0"),
         ("nsa_attention", {"w": -3}, "w: expected at least 1, got -3"),
         ("window_attention", {"impl": "fast"}, "impl: expected one of .*, got 'fast'"),
-        ("window_attention", {"impl": "triton"}, "impl: expected .* window_attention on cpu, got 'triton'"),
         ("compressed_attention", {"k_cmp": torch.randn(B, 3, G, D_K), "v_cmp": torch.randn(B, 3, G, D_V)},
          "k_cmp: expected c = 9 compressed tokens for t = 20, got shape"),
         ("window_attention", {"k": torch.randn(B, 25, G, D_K), "v": torch.randn(B, 25, G, D_V)},
@@ -169,6 +168,16 @@ def test_heads_that_are_no_multiple_of_the_groups(name):
 )  # fmt: skip
 def test_sizes_and_choices(name, changes, match):
     refuse(name, match, **changes)
+
+
+def test_kernels_that_cannot_run(monkeypatch):
+    double = {k: v.double() for k, v in arguments("window_attention").items() if isinstance(v, torch.Tensor)}
+    refuse("window_attention", "impl: expected .* on cpu, got 'triton': .* not torch.float64", impl="triton", **double)
+    wide = {k: torch.randn(B, T, G, 257) for k in ("q", "k", "v")}
+    refuse("window_attention", "impl: expected .*, got 'triton': .* up to 256 channels, not 257", impl="triton", **wide)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in (n for n in FUNCTIONS if n != "apply_rope"):
+        refuse(name, r"impl: expected .* \w+ on cpu, got 'triton'.*TRITON_INTERPRET", impl="triton")
 
 
 def test_sizes_that_are_no_integers():
