@@ -112,11 +112,9 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def assert_same_choice(case: Case, tensors: Sequence[Tensor], got: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """Where two choices differ, the scores of the blocks in question differ by rounding only."""
     n_blocks = -(-tensors[1].shape[1] // 64)
-    count = (
-        lambda x: (  # noqa: E731
-            torch.zeros(*x.shape[:3], n_blocks + 1, device="cuda").scatter_(3, x.long() % (n_blocks + 1), 1)[..., :-1]
-        )
-    )
+    count = lambda x: torch.zeros(*x.shape[:3], n_blocks + 1, device="cuda").scatter_(3, x.long() % (n_blocks + 1), 1)[
+        ..., :-1
+    ]
     disputed = count(got["blocks"]) != count(exact["blocks"])
     if not disputed.any():
         return

@@ -102,8 +102,10 @@ def _union_kernel(
     tl.store(counts + out + 1, masked, mask=tile < tiles)
 
 
-def tile_tokens(h: int) -> int:
-    """Neighbouring tokens of a tile: 64 rows for large groups, else 4 tokens or 16 rows."""
+def tile_tokens(h: int, bytes_per_key: int) -> int:
+    """Neighbouring tokens of a tile: 64 rows for large groups, else 4 tokens or 16 rows; 16 rows of the widest keys."""
+    if bytes_per_key > 512:
+        return max(1, 16 // h)
     return max(1, 64 // h) if h >= 16 else max(4, 16 // h)
 
 
@@ -437,7 +439,7 @@ def selected_attention(
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    tokens = tile_tokens(h)
+    tokens = tile_tokens(h, max(DK, DV) * q.element_size())
     places = query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     if tiles is None and tokens * h == hopper.ROWS and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v):
@@ -471,7 +473,7 @@ def selected_attention_backward(
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    width, tokens = max(DK, DV), tile_tokens(h)
+    width, tokens = max(DK, DV), tile_tokens(h, max(DK, DV) * q.element_size())
     dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width)[1], gather_tiles(q, h, l_sel, width))
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
@@ -512,5 +514,5 @@ def gather_tiles(q: Tensor, h: int, l_sel: int, width: int) -> Tiles:
     """Tile sizes of the kernel that gathers the queries of a block."""
     bytes_per_key = width * q.element_size()
     rows = max(padded(h), 32 if bytes_per_key <= 512 else 16)
-    keys = min(padded(l_sel), 64 if bytes_per_key <= 512 else 32)
+    keys = min(padded(l_sel), 64 if bytes_per_key <= 512 else 16)
     return Tiles(rows, keys, 4, 3 if bytes_per_key <= 256 else 1)
