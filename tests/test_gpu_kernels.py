@@ -112,10 +112,12 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def assert_same_choice(case: Case, tensors: Sequence[Tensor], got: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """Where two choices differ, the scores of the blocks in question differ by rounding only."""
     n_blocks = -(-tensors[1].shape[1] // 64)
-    count = lambda x: torch.zeros(*x.shape[:3], n_blocks + 1, device="cuda").scatter_(3, x.long() % (n_blocks + 1), 1)[
-        ..., :-1
-    ]
-    disputed = count(got["blocks"]) != count(exact["blocks"])
+
+    def chosen(blocks: Tensor) -> Tensor:
+        taken = torch.zeros(*blocks.shape[:3], n_blocks + 1, device="cuda")
+        return taken.scatter_(3, blocks.long() % (n_blocks + 1), 1)[..., :-1]
+
+    disputed = chosen(got["blocks"]) != chosen(exact["blocks"])
     if not disputed.any():
         return
     how = {**MEAN, **case.where}
