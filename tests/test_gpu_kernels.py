@@ -259,14 +259,19 @@ def test_inputs_may_have_any_strides():
             torch.testing.assert_close(x, expected[key], rtol=2e-2, atol=2e-2, msg=key)
 
 
-@pytest.mark.parametrize("op", ["compressed", "selected", "window", "gated", "mean"])
+@pytest.mark.parametrize("op", ["compressed", "choice", "selected", "window", "gated", "mean"])
 def test_opcheck(op):
     ops, t = torch.ops.nsa_compile, 150
     draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)  # noqa: E731
     q, k, v = draw(1, t, 16, 64), draw(1, t, 1, 64), draw(1, t, 1, 64)
+    lse = torch.zeros(1, t, 16, device="cuda")
     blocks = (torch.arange(t, device="cuda", dtype=torch.int32) // 64).view(1, t, 1, 1)
     arguments = {
         "compressed": (ops.compressed_attention, (q, k[:, :8], v[:, :8], 32, 16, None, None, 0.1, "triton")),
+        "choice": (
+            ops.select_blocks,
+            (q.detach(), k[:, :8].detach(), lse, *(32, 16, 64, 2, 1, 2), None, None, 0.1, "triton"),
+        ),
         "selected": (ops.selected_attention, (q, k, v, blocks, 64, None, None, 0.1, "triton")),
         "window": (ops.window_attention, (q, k, v, 50, None, None, 0.1, "triton")),
         "gated": (ops.gated_sum, (q, q, q, draw(1, t, 16, 3), "triton")),
