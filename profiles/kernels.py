@@ -25,18 +25,15 @@ def neighbouring_blocks(t: int, g: int, rho: float, *, n_sel: int = 16, l_sel: i
     n_blocks = -(-t // l_sel)
     scores = torch.empty(t, g, n_blocks, device="cuda")
     own = torch.arange(t, device="cuda") // l_sel
-    row = torch.rand(g, n_blocks, generator=generator, device="cuda")
     if rho == 0:
         scores.uniform_(generator=generator)
     else:
-        keep = 1 - (1 - rho) * 1.0
         drawn = torch.rand(t, g, n_blocks, generator=generator, device="cuda")
-        moved = torch.rand(t, g, n_blocks, generator=generator, device="cuda") > keep
+        moved = torch.rand(t, g, n_blocks, generator=generator, device="cuda") > rho
         # a block's score is the last one drawn for it: the index of the last move at or before t
         last = torch.where(moved, torch.arange(t, device="cuda", dtype=torch.int32)[:, None, None], 0).cummax(0).values
         scores = drawn.gather(0, last.long())
         del drawn, moved, last
-    del row
     block = torch.arange(n_blocks, device="cuda")
     forced = (block == 0) | (block > own[:, None, None] - 2)
     scores = scores.masked_fill_(forced, 2.0).masked_fill_(block > own[:, None, None], -1.0)

@@ -251,8 +251,8 @@ def test_choice_of_blocks(case, launches):
 
 def test_choice_among_equal_scores_takes_the_first_blocks(launches):
     shape, t = Shape(8, 4, 16, 4, g=1, h=4, d_k=12, d_v=20), 150
-    x = draw_inputs(shape, t, dtype=torch.float32)
-    blocks = choose(Case(shape, t), x._replace(q=torch.zeros_like(x.q)), "triton")
+    x = Inputs(*(y.to(DEVICE) for y in draw_inputs(shape, t, dtype=torch.float32)))
+    blocks = choose(Case(shape, t), x._replace(q=torch.zeros_like(x.q)), "triton").cpu()
     last = torch.arange(t) // shape.l_sel
     expected = torch.stack((0 * last, torch.where(last > 2, 1, last - 1), last - 1, last), -1)
     late = last >= 4
@@ -435,7 +435,7 @@ def test_blocks_that_have_not_started_are_ignored(cu_seqlens, launches):
         results.append((o, lse, *torch.autograd.grad((o, lse), tensors, (torch.ones_like(o), torch.ones_like(lse)))))
     assert launches.of("selection") > 0
     for actual, expected in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

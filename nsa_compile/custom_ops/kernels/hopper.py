@@ -101,7 +101,7 @@ def attend_kernel(
         first, last = tile * BM // H, gl.minimum((tile * BM + BM - 1) // H, t - 1)
         head, seen_by_all = gl.load(key_start + first), gl.load(key_start + last)
         full_end, finish = gl.load(key_end + first), gl.load(key_end + last)
-        heads = gl.minimum((seen_by_all - head + BN - 1) // BN, (finish - head + BN - 1) // BN)
+        heads = gl.maximum(gl.minimum(seen_by_all, finish) - head + BN - 1, 0) // BN
         body = head + heads * BN
         whole = gl.maximum(full_end - body, 0) // BN
         tail = body + whole * BN
@@ -112,7 +112,8 @@ def attend_kernel(
     q_row = tile * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, q_layout))
     q_col = gl.arange(0, DK, layout=gl.SliceLayout(0, q_layout))
     q_offset = (q_row // H).to(gl.int64) * q_t + (g * H + q_row % H) * q_n
-    q_mask = gl.expand_dims(q_row // H < t, 1) & gl.expand_dims(q_col < D_K, 0)
+    q_live = gl.load(key_end + q_row // H, mask=q_row // H < t, other=0) > 0
+    q_mask = gl.expand_dims(q_live, 1) & gl.expand_dims(q_col < D_K, 0)
     q_value = gl.load(
         q + b.to(gl.int64) * q_b + gl.expand_dims(q_offset, 1) + gl.expand_dims(q_col, 0), mask=q_mask, other=0.0
     )
@@ -386,7 +387,7 @@ def sum_keys_kernel(
         if masked:
             here, _, alive = _row_slots(tokens, count, i, row, finish, columns, H, TOKENS, LISTED)
             if LISTED:
-                seen = key <= gl.expand_dims(here + shift, 0)
+                seen = (key <= gl.expand_dims(here + shift, 0)) & gl.expand_dims(alive, 0)
             else:
                 first_seen = gl.load(key_start + here, mask=alive, other=0)
                 last_seen = gl.load(key_end + here, mask=alive, other=0)
@@ -395,7 +396,8 @@ def sum_keys_kernel(
         p_operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
         dp = warpgroup_mma_wait(0, [dp])
         dv = warpgroup_mma(p_operand, go_shared, dv, is_async=True)
-        ds = gl.convert_layout((p * dp).to(dtype), gl.DotOperandLayout(0, k_layout, 2))
+        ds = gl.where(p == 0.0, 0.0, p * dp)
+        ds = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2))
         dk = warpgroup_mma(ds, q_shared, dk, is_async=True)
 
     dv, dk = warpgroup_mma_wait(0, [dv, dk])

@@ -102,8 +102,10 @@ def _union_kernel(
     tl.store(counts + out + 1, masked, mask=tile < tiles)
 
 
-def tile_tokens(h: int) -> int:
-    """Neighbouring tokens of a tile: 64 rows for large groups, else 4 tokens or 16 rows."""
+def tile_tokens(h: int, bytes_per_key: int) -> int:
+    """Neighbouring tokens of a tile: 64 rows for large groups, else 4 tokens or 16 rows; 16 rows of the widest keys."""
+    if bytes_per_key > 512:
+        return max(1, 16 // h)
     return max(1, 64 // h) if h >= 16 else max(4, 16 // h)
 
 
@@ -169,7 +171,7 @@ def _selected_fwd_kernel(
     tiles = (b * tl.num_programs(1) + g) * tl.num_programs(0) + tile
     entries += tiles * (CAPACITY * 2)
     full, masked = tl.load(counts + tiles * 2), tl.load(counts + tiles * 2 + 1)
-    q_tile = gather_rows(q + b * q_b, token, head * q_n, live, q_t, D_K, DK)
+    q_tile = gather_rows(q + b * q_b, token, head * q_n, live & (pos >= 0), q_t, D_K, DK)
     if NEGATIVE:
         q_tile = -q_tile
     k += b * k_b + g * k_g
@@ -241,7 +243,7 @@ def _selected_bwd_dq_kernel(
     tiles = (b * tl.num_programs(1) + g) * tl.num_programs(0) + tile
     entries += tiles * (CAPACITY * 2)
     full, masked = tl.load(counts + tiles * 2), tl.load(counts + tiles * 2 + 1)
-    q_tile = gather_rows(q + b * q_b, token, head * q_n, live, q_t, D_K, DK)
+    q_tile = gather_rows(q + b * q_b, token, head * q_n, live & (pos >= 0), q_t, D_K, DK)
     go_tile = gather_rows(grad_o + b * o_b, token, head * o_n, live & (pos >= 0), o_t, D_V, DV)
     slot = (b * t + token) * n + head
     lse2_row = tl.load(lse2 + slot, mask=live, other=float("inf"))
@@ -437,13 +439,13 @@ def selected_attention(
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    tokens = tile_tokens(h)
+    tokens = tile_tokens(h, max(DK, DV) * q.element_size())
     places = query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     if tiles is None and tokens * h == hopper.ROWS and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v):
         end = torch.where(places.position < 0, 0, places.first + places.position + 1)
         return hopper.attend(q, k, v, torch.zeros_like(end), end, (entries, counts), l_sel, scale)
-    rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV), 1)
+    rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))[0]
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
         q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, o, lse,
         abs(scale) * LOG2E.value, t, s, n, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -453,11 +455,13 @@ def selected_attention(
     return o, lse
 
 
-def union_tiles(q: Tensor, rows: int, l_sel: int, width: int, stages: int) -> Tiles:
-    """Tile sizes of the kernels that walk unions of blocks."""
+def union_tiles(q: Tensor, rows: int, l_sel: int, width: int) -> tuple[Tiles, Tiles]:
+    """Tile sizes of the forward and the dQ kernel, which walk unions of blocks."""
     rows, bytes_per_key = padded(rows), width * q.element_size()
     keys = min(padded(l_sel), 64 if bytes_per_key <= 256 else 32 if bytes_per_key <= 512 else 16)
-    return Tiles(rows, keys, 4 if rows >= 64 or bytes_per_key > 256 else 2, stages if bytes_per_key <= 256 else 1)
+    if bytes_per_key > 256:
+        return Tiles(rows, keys, 4, 1), Tiles(rows, keys, 4, 1)
+    return Tiles(rows, keys, max(1, rows // 16), 1), Tiles(rows, keys, max(2, rows // 16), 3)
 
 
 def selected_attention_backward(
@@ -469,8 +473,8 @@ def selected_attention_backward(
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    width, tokens = max(DK, DV), tile_tokens(h)
-    dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width, 3), gather_tiles(q, h, l_sel, width))
+    width, tokens = max(DK, DV), tile_tokens(h, max(DK, DV) * q.element_size())
+    dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width)[1], gather_tiles(q, h, l_sel, width))
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
@@ -510,5 +514,5 @@ def gather_tiles(q: Tensor, h: int, l_sel: int, width: int) -> Tiles:
     """Tile sizes of the kernel that gathers the queries of a block."""
     bytes_per_key = width * q.element_size()
     rows = max(padded(h), 32 if bytes_per_key <= 512 else 16)
-    keys = min(padded(l_sel), 64 if bytes_per_key <= 512 else 32)
-    return Tiles(rows, keys, 4, 2 if bytes_per_key <= 256 else 1)
+    keys = min(padded(l_sel), 64 if bytes_per_key <= 512 else 16)
+    return Tiles(rows, keys, 4, 3 if bytes_per_key <= 256 else 1)

@@ -26,16 +26,20 @@ def padded(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
+def _has_near_rows(x: Tensor) -> bool:
+    """Whether the last axis is dense and an int32 holds the offset of any head or group."""
+    return x.stride(-1) == 1 and all(abs(stride) < 2**22 for stride in x.stride()[1:-1])
+
+
 def row_major(x: Tensor) -> Tensor:
     """x itself where its last axis is dense and its rows are near each other, else a contiguous copy."""
-    near = all(abs(stride) < 2**22 for stride in x.stride()[1:-1])
-    return x if x.stride(-1) == 1 and near else x.contiguous()
+    return x if _has_near_rows(x) else x.contiguous()
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x itself where its rows are dense and begin at multiples of 16 bytes, else a copy in which they do."""
+    """x itself where it is `row_major` and its rows begin at multiples of 16 bytes, else a copy in which they do."""
     unit = 16 // x.element_size()
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(0 <= y < 2**31 and y % unit == 0 for y in x.stride()[:-1]):
+    if _has_near_rows(x) and x.data_ptr() % 16 == 0 and all(y > 0 and y % unit == 0 for y in x.stride()[:-1]):
         return x
     width = x.shape[-1]
     return x.new_empty(*x.shape[:-1], triton.cdiv(width, unit) * unit)[..., :width].copy_(x)
