@@ -62,6 +62,8 @@ class Config(NamedTuple):
 
 CONFIGS = [
     Config(120, 16, 256, 256, torch.float32),
+    Config(120, 16, 256, 256, torch.bfloat16),
+    Config(120, 16, 128, 128, torch.float32),
     *(Config(capability, 16, 128, 128, torch.bfloat16) for capability in SHARED_LIMIT),
     Config(90, 16, 128, 128, torch.bfloat16, packed=True),
     Config(90, 4, 192, 128, torch.bfloat16),

@@ -6,7 +6,7 @@ Inputs lie in larger buffers of NaN, and NaN stands wherever no query may look.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -176,10 +176,11 @@ def differentiate(
     outputs = call(*leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     wanted_outputs = [outputs[i] for i in wanted if i < len(outputs)]
-    grads = [
-        case.arrange(draw(*o.shape, seed=900 + i, dtype=case.dtype).to(DEVICE, o.dtype))
-        for i, o in enumerate(wanted_outputs)
-    ]
+    grads = [draw(*o.shape, seed=900 + i, dtype=case.dtype) for i, o in enumerate(wanted_outputs)]
+    if case.cu_seqlens:
+        for grad in grads:
+            grad[:, case.cu_seqlens[-1] :] = NAN
+    grads = [case.arrange(x.to(DEVICE, o.dtype)) for x, o in zip(grads, wanted_outputs, strict=True)]
     return [*outputs, *torch.autograd.grad(wanted_outputs, leaves, grads)]
 
 
@@ -307,7 +308,7 @@ def test_gated_sum(arrange, dtype, launches):
 
 PLACED = {
     "rows": SMALL,
-    "packed": Case(SMALL.shape, t=93, cu_seqlens=(0, 5, 5, 88), arrange=torch.clone),
+    "packed": Case(replace(SMALL.shape, g=2, h=2), t=93, cu_seqlens=(0, 5, 5, 86), arrange=torch.clone),
     "buffer": Case(SMALL.shape, t=9, b=2, s=120, q_start=(100, 0)),
 }
 
@@ -376,6 +377,23 @@ def test_nan_reaches_only_later_queries(branch, poison, launches):
         certain |= ~broken
     for actual, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(actual[:, certain], reference[:, certain], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@every_branch
+def test_nan_of_a_sequence_stays_in_it(branch, launches):
+    first = 58
+    case = replace(SMALL, t=111, cu_seqlens=(0, first, 111))
+    x, shape = case.draw(), case.shape
+    blocks = choose(case, x)
+    tensors = [getattr(x, name) for name in branch.inputs]
+    expected = branch.call(shape, blocks, *tensors, **case.how, impl="reference")
+    length = oracle.count_blocks(first, shape.l, shape.d) if branch.inputs[1] == "k_cmp" else first
+    for tensor in tensors[1:]:
+        tensor[:, :length] = NAN
+    got = branch.call(shape, blocks, *tensors, **case.how, impl="triton")
+    assert launches.of(branch.file, "hopper") > 0
+    for actual, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(actual[:, first:], reference[:, first:], rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_in_any_order_with_unused_slots_between(launches):
