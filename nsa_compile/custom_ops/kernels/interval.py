@@ -292,7 +292,7 @@ def backward_tiles(q: Tensor, DK: int, DV: int) -> tuple[Tiles, Tiles]:
     width = max(DK, DV) * q.element_size()
     if width <= 256:
         return Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3)
-    return (Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1)) if width <= 512 else (Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
+    return (Tiles(64, 32, 4, 1), Tiles(16, 64, 4, 1)) if width <= 512 else (Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
 
 
 def interval_attention(

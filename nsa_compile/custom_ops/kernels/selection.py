@@ -513,6 +513,6 @@ def selected_attention_backward(
 def gather_tiles(q: Tensor, h: int, l_sel: int, width: int) -> Tiles:
     """Tile sizes of the kernel that gathers the queries of a block."""
     bytes_per_key = width * q.element_size()
-    rows = max(padded(h), 32 if bytes_per_key <= 512 else 16)
+    rows = max(padded(h), 32 if bytes_per_key <= 256 else 16)
     keys = min(padded(l_sel), 64 if bytes_per_key <= 512 else 16)
     return Tiles(rows, keys, 4, 3 if bytes_per_key <= 256 else 1)
