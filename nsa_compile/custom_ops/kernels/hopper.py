@@ -261,7 +261,7 @@ def _load_queries(
 
 @gluon.jit
 def _row_slots(
-    tokens, count, i, row, finish, layout: gl.constexpr, H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr
+    tokens, count, i, row, begin, layout: gl.constexpr, H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr
 ):
     """(token, head in the group, whether it counts) of the 64 rows of the tile i."""
     index = gl.arange(0, 64, layout=layout)
@@ -269,7 +269,7 @@ def _row_slots(
         place = i * TOKENS + index // H
         return gl.load(tokens + place, mask=place < count, other=0), index % H, place < count
     else:
-        return (row + index) // H, index % H, row + index < finish
+        return (row + index) // H, index % H, row + index >= begin
 
 
 @gluon.jit
@@ -293,7 +293,7 @@ def sum_keys_kernel(
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_tiles.dtype
-    begin, finish, count, full_begin, full_end, shift = 0, 0, 0, 0, 0, 0
+    begin, first_row, count, full_begin, full_end, shift = 0, 0, 0, 0, 0, 0
     if LISTED:
         item = gl.program_id(0).to(gl.int64)
         bucket = gl.load(buckets + item)
@@ -323,6 +323,8 @@ def sum_keys_kernel(
         begin += part * size
         finish = gl.minimum(finish, begin + size)
         tiles = gl.maximum(finish - begin + BM - 1, 0) // BM
+        # the last tile ends with the last row: what lies behind it may be padding that holds NaN
+        first_row = finish - tiles * BM
         slot = part * split_stride + b.to(gl.int64) * s + first_key
     key_start += b.to(gl.int64) * t
     key_end += b.to(gl.int64) * t
@@ -343,7 +345,7 @@ def sum_keys_kernel(
     tma.async_copy_global_to_shared(k_tiles, [b, g, first_key, 0], ready.index(2), k_buffer)
     tma.async_copy_global_to_shared(v_tiles, [b, g, first_key, 0], ready.index(2), v_buffer)
     _load_queries(
-        q_tiles, go_tiles, q_buffers.index(0), go_buffers.index(0), ready.index(0), tokens, count, 0, begin, b, g, t,
+        q_tiles, go_tiles, q_buffers.index(0), go_buffers.index(0), ready.index(0), tokens, count, 0, first_row, b, g, t,
         tiles > 0, H, TOKENS, LISTED,
     )  # fmt: skip
     k_shared, v_shared = k_buffer.reshape([BN, DK]), v_buffer.reshape([BN, DV])
@@ -352,18 +354,18 @@ def sum_keys_kernel(
     zero = gl.zeros([BN, BM], gl.float32, layout=s_layout)
     dk = warpgroup_mma_init(gl.zeros([BN, DK], gl.float32, layout=k_layout))
     dv = warpgroup_mma_init(gl.zeros([BN, DV], gl.float32, layout=v_layout))
-    token, head, live = _row_slots(tokens, count, 0, begin, finish, lanes, H, TOKENS, LISTED)
+    token, head, live = _row_slots(tokens, count, 0, first_row, begin, lanes, H, TOKENS, LISTED)
     row_lse = gl.load(lse2 + token.to(gl.int64) * n + head, mask=live, other=float("inf"))
     row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
     mbarrier.wait(ready.index(2), 0)
 
     for i in range(0, tiles):
-        row = begin + i * BM
+        row = first_row + i * BM
         lse_buffer.store(row_lse / -scale2)
         delta_buffer.store(-row_delta)
         s_start = zero + gl.expand_dims(lse_buffer.load(columns), 0)
         dp_start = zero + gl.expand_dims(delta_buffer.load(columns), 0)
-        token, head, live = _row_slots(tokens, count, i + 1, row + BM, finish, lanes, H, TOKENS, LISTED)
+        token, head, live = _row_slots(tokens, count, i + 1, row + BM, begin, lanes, H, TOKENS, LISTED)
         row_lse = gl.load(lse2 + token.to(gl.int64) * n + head, mask=live, other=float("inf"))
         row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
         mbarrier.wait(ready.index(i & 1), (i >> 1) & 1)
@@ -383,9 +385,9 @@ def sum_keys_kernel(
                     earliest = gl.minimum(earliest, gl.load(tokens + i * TOKENS + j))
             masked = earliest + shift < first_key + BN - 1
         else:
-            masked = (row < full_begin) | (row + BM > full_end)
+            masked = (row < gl.maximum(full_begin, begin)) | (row + BM > full_end)
         if masked:
-            here, _, alive = _row_slots(tokens, count, i, row, finish, columns, H, TOKENS, LISTED)
+            here, _, alive = _row_slots(tokens, count, i, row, begin, columns, H, TOKENS, LISTED)
             if LISTED:
                 seen = (key <= gl.expand_dims(here + shift, 0)) & gl.expand_dims(alive, 0)
             else:
