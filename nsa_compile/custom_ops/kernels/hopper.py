@@ -345,8 +345,8 @@ def sum_keys_kernel(
     tma.async_copy_global_to_shared(k_tiles, [b, g, first_key, 0], ready.index(2), k_buffer)
     tma.async_copy_global_to_shared(v_tiles, [b, g, first_key, 0], ready.index(2), v_buffer)
     _load_queries(
-        q_tiles, go_tiles, q_buffers.index(0), go_buffers.index(0), ready.index(0), tokens, count, 0, first_row, b, g, t,
-        tiles > 0, H, TOKENS, LISTED,
+        q_tiles, go_tiles, q_buffers.index(0), go_buffers.index(0), ready.index(0), tokens, count, 0, first_row, b, g,
+        t, tiles > 0, H, TOKENS, LISTED,
     )  # fmt: skip
     k_shared, v_shared = k_buffer.reshape([BN, DK]), v_buffer.reshape([BN, DV])
     scale2 = scale * 1.4426950408889634
