@@ -27,6 +27,7 @@ from nsa_compile import (
     window_attention,
 )
 from nsa_compile.custom_ops.kernels import block_choice
+from nsa_compile.custom_ops.kernels.interval import compressed_intervals, window_intervals
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -473,3 +474,45 @@ def test_auto_means_the_reference_on_the_cpu(launches):
     x = draw_inputs(SMALL.shape, 20, dtype=torch.float32)
     nsa_attention(*x, **SMALL.shape.everything)
     assert launches.total() == 0
+
+
+@every_branch
+def test_huge_scores_leave_gradients_finite(branch, launches):
+    x = SMALL.draw()
+    blocks = choose(SMALL, x)
+    tensors = [getattr(x, name) for name in branch.inputs]
+    tensors = [tensors[0] * 1e3, tensors[1] * 1e3, tensors[2]]
+    o, _, *grads = differentiate(
+        lambda *y: branch.call(SMALL.shape, blocks, *y, impl="triton"), tensors, SMALL, wanted=(0,)
+    )
+    expected, _ = branch.call(SMALL.shape, blocks, *tensors, impl="reference")
+    torch.testing.assert_close(o, expected, rtol=1e-3, atol=1e-3)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[2].abs().max() <= SMALL.t * SMALL.shape.h * 10
+    assert launches.of(branch.file, "hopper") > 0
+
+
+def test_queries_behind_the_buffer_see_no_key_twice(launches):
+    case = Case(SMALL.shape, t=9, b=2, s=50, q_start=(47, 49))
+    x = draw_inputs(case.shape, case.t, b=2, s=50, dtype=torch.float32)
+    tensors = [y.to(DEVICE) for y in (x.q, x.k_win, x.v_win)]
+    check_against_fp64(
+        lambda *y, impl: OPS.window_attention(*y, case.shape.w, case.where["q_start"], None, 0.3, impl),
+        tensors, case, launches, "interval",
+    )  # fmt: skip
+
+
+def test_no_query_of_padding_counts_among_those_that_see_a_key():
+    q = torch.zeros(1, 70, 1, 8, device=DEVICE)
+    cu_seqlens = int32(0, 20, 20, 63).to(DEVICE)
+    for intervals, keys in (
+        (window_intervals(q, 70, 20, None, cu_seqlens), 70),
+        (compressed_intervals(q, 17, 8, 4, None, cu_seqlens), 17),
+    ):
+        first, last = intervals.of_keys(keys)
+        token = torch.arange(70, device=DEVICE)[None, :, None]
+        sees = (intervals.start[..., None] <= torch.arange(keys, device=DEVICE)) & (
+            torch.arange(keys, device=DEVICE) < intervals.end[..., None]
+        )
+        assert torch.equal(sees, (first[:, None] <= token) & (token < last[:, None]))
+        assert last.max() == 63

@@ -25,7 +25,10 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype, width: int) -> str:
     if width > KERNEL_WIDTH:
         return f"its Triton kernels take up to {KERNEL_WIDTH} channels, not {width}"
     if device.type == "cuda" and torch.version.hip is None:
-        return ""
+        major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
+        return (
+            "" if major >= 8 else f"its Triton kernels need compute capability 8.0, and this device has {major}.{minor}"
+        )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"its Triton kernels run on CUDA, and on the CPU with TRITON_INTERPRET=1, not on {device.type}"

@@ -12,7 +12,7 @@ def window_attention(
     q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of each query to the last `w` tokens, its own counted: o [b, t, g*h, d_v], LSE [b, t, g*h]."""
-    layout, view, chunks = window_view(q, min(w, k.shape[1]), q_start, cu_seqlens)
+    layout, view, chunks = window_view(q, k.shape[1], w, q_start, cu_seqlens)
     return attend_in_chunks(q, k, v, layout, view, chunks, default_scale(q, scale))
 
 
@@ -21,13 +21,13 @@ def window_attention_backward(
     q_start: Tensor | None = None, cu_seqlens: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients (dq, dk, dv) of `window_attention`."""
-    layout, view, chunks = window_view(q, min(w, k.shape[1]), q_start, cu_seqlens)
+    layout, view, chunks = window_view(q, k.shape[1], w, q_start, cu_seqlens)
     return attend_in_chunks_backward(q, k, v, layout, view, chunks, default_scale(q, scale), o, lse, grad_o, grad_lse)
 
 
-def window_view(q: Tensor, w: int, q_start: Tensor | None, cu_seqlens: Tensor | None):
-    """Layout of the queries, the band of keys each chunk of them sees, and the chunks to work through."""
-    b, t, n, _ = q.shape
+def window_view(q: Tensor, s: int, w: int, q_start: Tensor | None, cu_seqlens: Tensor | None):
+    """Layout of the queries, the band of s keys each chunk of them sees, and the chunks to work through."""
+    (b, t, n, _), w = q.shape, min(w, s)
     layout = query_layout(q, q_start, cu_seqlens)
     own = (layout.first + layout.position).unsqueeze(2)  # key index of the query's own token
 
@@ -40,7 +40,7 @@ def window_view(q: Tensor, w: int, q_start: Tensor | None, cu_seqlens: Tensor | 
         else:
             key = own_part[:, :1] + torch.arange(1 - w, own_part.shape[1], device=q.device)  # [b, 1, band]
             index = key.squeeze(1)
-        visible = (key >= first) & (key <= own_part) & (key > own_part - w) & valid
+        visible = (key >= first) & (key <= own_part) & (key > own_part - w) & (key < s) & valid
         return index, visible.unsqueeze(2)
 
     return layout, view, list(query_chunks(t, 2 * b * n * w, most=max(w, 64)))

@@ -51,7 +51,8 @@ def _group_probabilities_kernel(
     slot = ((b * chunk + mine) * n_groups + g) * width
     for first in tl.range(tl.min(start, 0), tl.max(end, 0), BN):
         k_tile = load_keys(k_tiles, b, g, first, BN, DK)
-        p = tl.exp2(dot(k_tile, tl.trans(q_tile)) * scale2 - lse2[None, :])
+        exponent = dot(k_tile, tl.trans(q_tile)) * scale2 - lse2[None, :]
+        p = tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
         i = first + tl.arange(0, BN)
         p = tl.sum(p.reshape(BN, TOKENS, HP), 2)
         seen = i[:, None] < end[None, :]
@@ -177,6 +178,6 @@ def select_blocks(
             p, position, *intervals, indices, first, chunk, t, stride, g, candidates, n_sel,
             L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
             TEAMS=teams, TEAM=padded(triton.cdiv(candidates, teams), 4), NP=padded(n_sel, 1),
-            num_warps=max(1, teams // 512),
+            num_warps=min(8, max(1, teams * padded(A, 1) // 2048)),
         )  # fmt: skip
     return indices

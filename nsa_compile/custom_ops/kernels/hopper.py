@@ -67,7 +67,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Attention of 64 rows, heads of a group after token, to intervals of keys or, if CAPACITY, to listed blocks.
 
-    NaN and infinity in hidden values are kept from the rows.
+    NaN and infinity in values that lie after a row are kept from it.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = 64
@@ -200,8 +200,8 @@ def attend_kernel(
             if i + 2 < tiles:
                 key2, bits2 = _tile(i + 2, entries, masked, tails, tail, heads, head, body, CAPACITY, PIECES)
             p, decay, top, total = _softmax(s, top, total, scale2, chosen, LISTED)
+            p, acc = warpgroup_mma_wait(0, [p, acc_token])
             p = gl.convert_layout(p.to(dtype), p_layout)
-            acc = warpgroup_mma_wait(0, [acc_token])
             _load(v_tiles, v_buffers.index((i + 1) & 1), v_ready.index((i + 1) & 1), b, g, key1, True)
             mbarrier.wait(k_ready, (i + 1) & 1)
             s_token = warpgroup_mma(q_shared, k_shared, zero, use_acc=False, is_async=True)
@@ -213,7 +213,7 @@ def attend_kernel(
             chosen = ((bits1 >> index) & 1) == 1
             key1, bits1 = key2, bits2
         p, decay, top, total = _softmax(s, top, total, scale2, chosen, LISTED)
-        acc = warpgroup_mma_wait(0, [acc_token])
+        p, acc = warpgroup_mma_wait(0, [p, acc_token])
         acc = acc * gl.expand_dims(gl.convert_layout(decay, o_rows), 1)
         final = tiles - 1
         mbarrier.wait(v_ready.index(final & 1), (final >> 1) & 1)
@@ -377,7 +377,8 @@ def sum_keys_kernel(
             q_tiles, go_tiles, q_buffers.index((i + 1) & 1), go_buffers.index((i + 1) & 1), ready.index((i + 1) & 1),
             tokens, count, i + 1, row + BM, b, g, t, i + 1 < tiles, H, TOKENS, LISTED,
         )  # fmt: skip
-        p = gl.exp2(scores * scale2)
+        exponent = scores * scale2
+        p = gl.exp2(gl.where(exponent > 0.0, 0.0, exponent))
         if LISTED:
             earliest = t
             for j in gl.static_range(TOKENS):
@@ -425,14 +426,14 @@ def _store_keys(
     gl.store(out + gl.expand_dims(offset, 1) + column, tile.to(out.dtype.element_ty), mask=mask)
 
 
-def tile_widths(q: Tensor, d_k: int, d_v: int) -> tuple[int, int]:
+def tile_widths(d_k: int, d_v: int) -> tuple[int, int]:
     """Channels of the tiles of q and k, and of v."""
     return max(64, padded(d_k)), max(64, padded(d_v))
 
 
 def takes(q: Tensor, d_k: int, d_v: int) -> bool:
     """Whether the kernel runs on this device and takes these sizes."""
-    DK, DV = tile_widths(q, d_k, d_v)
+    DK, DV = tile_widths(d_k, d_v)
     fits = q.element_size() == 2 and DK <= 256 and DV <= 128
     return fits and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
 
@@ -455,7 +456,7 @@ def attend(
     """Attention of queries to the keys start … end - 1 or, of these, to those in the blocks of `unions` of 64 rows."""
     (b, t, n, d_k), g, d_v = q.shape, k.shape[2], v.shape[-1]
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
-    DK, DV = tile_widths(q, d_k, d_v)
+    DK, DV = tile_widths(d_k, d_v)
     entries, counts = unions or (start, start)
     attend_kernel[(triton.cdiv(t * (n // g), ROWS), g, b)](
         q, key_tiles(k, DK), key_tiles(v, DV), start, end, entries, counts, o, lse, abs(scale) * LOG2E.value, t, n,
@@ -468,7 +469,7 @@ def attend(
 def sums_keys(q: Tensor, d_k: int, d_v: int, h: int, scale: float, listed: bool) -> bool:
     """Whether `sum_keys_kernel` runs on this device and takes these sizes."""
     heads = h in (8, 16, 32, 64) or (h in (1, 2, 4) and not listed)
-    return heads and scale != 0 and takes(q, d_k, d_v) and tile_widths(q, d_k, d_v)[0] <= 128
+    return heads and scale != 0 and takes(q, d_k, d_v) and tile_widths(d_k, d_v)[0] <= 128
 
 
 def sum_keys(
@@ -480,7 +481,7 @@ def sum_keys(
     of an inverse `index` in items of `item` tokens, grad [items, l_sel, d], (start, end) being the queries' places.
     """
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
-    h, (DK, DV) = n // g, tile_widths(q, d_k, d_v)
+    h, (DK, DV) = n // g, tile_widths(d_k, d_v)
     tokens = 1 if index else ROWS // h
     grid = (grad_k.shape[0], l_sel // KEYS) if index else (triton.cdiv(s, KEYS), grad_k.shape[0], g * b)
     sum_keys_kernel[grid](

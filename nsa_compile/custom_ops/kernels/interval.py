@@ -42,9 +42,12 @@ class Intervals(NamedTuple):
     end: Tensor
 
     def of_keys(self, s: int) -> "Intervals":
-        """The queries that see each key: int32 [b, s]."""
-        key = torch.arange(s, dtype=torch.int32, device=self.start.device).expand(self.start.shape[0], s).contiguous()
-        return Intervals(*(torch.searchsorted(x, key, right=True, out_int32=True) for x in (self.end, self.start)))
+        """The queries that see each key: int32 [b, s]; none of them behind the last query that sees a key."""
+        (b, t), device = self.start.shape, self.start.device
+        key = torch.arange(s, dtype=torch.int32, device=device).expand(b, s).contiguous()
+        start, end = (torch.searchsorted(x, key, right=True, out_int32=True) for x in (self.end, self.start))
+        last = (self.start < self.end) * torch.arange(1, t + 1, dtype=torch.int32, device=device)
+        return Intervals(start, torch.minimum(end, last.amax(1, keepdim=True)))
 
 
 def window_intervals(q: Tensor, s: int, w: int, q_start: Tensor | None, cu_seqlens: Tensor | None) -> Intervals:

@@ -401,7 +401,7 @@ def _selected_bwd_dkv_kernel(
 
 @triton.jit
 def _sum_items_kernel(
-    sums, position, first, item_ends, grad, t, s, n_groups,
+    sums, position, first, item_ends, grad, items, t, s, n_groups,
     L_SEL: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Add the items of every key's block: grad [b, s, g, WIDTH] from sums fp32 [items, L_SEL, WIDTH]."""
@@ -425,7 +425,7 @@ def _sum_items_kernel(
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for i in tl.range(0, tl.max(count, 0)):
         slot = (item + i) * L_SEL + inside
-        acc += gather_rows(sums, slot, 0 * slot, owned & (i < count), WIDTH, WIDTH, COLS)
+        acc += gather_rows(sums, slot, 0 * slot, owned & (i < count) & (item + i < items), WIDTH, WIDTH, COLS)
     slot = (b * s + key) * n_groups + g
     scatter_rows(grad, acc, slot, 0 * slot, live, WIDTH, WIDTH, COLS)
 
@@ -440,7 +440,7 @@ def selected_attention(
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     tokens = tile_tokens(h, max(DK, DV) * q.element_size())
-    places = query_places(q, s, q_start, cu_seqlens)
+    block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     if tiles is None and tokens * h == hopper.ROWS and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v):
         end = torch.where(places.position < 0, 0, places.first + places.position + 1)
@@ -478,7 +478,7 @@ def selected_attention_backward(
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
-    places = query_places(q, s, q_start, cu_seqlens)
+    block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows, keys, warps, stages = dq_tiles
@@ -487,8 +487,7 @@ def selected_attention_backward(
         scale, t, s, n, *strides, **sizes,
         CAPACITY=entries.shape[3], TOKENS=tokens, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    packed = cu_seqlens is not None
-    max_blocks = s // l_sel + len(cu_seqlens) if cu_seqlens is not None else triton.cdiv(s, l_sel)
+    max_blocks = triton.cdiv(s, l_sel) if cu_seqlens is None else s // l_sel + len(cu_seqlens)
     index = invert(block_indices, places, s, l_sel, max_blocks)
     items = len(index.bucket)
     sum_k, sum_v = (torch.empty(items, l_sel, x, dtype=torch.float32, device=q.device) for x in (d_k, d_v))
@@ -504,8 +503,8 @@ def selected_attention_backward(
     for sums, grad, channels in ((sum_k, grad_k, d_k), (sum_v, grad_v, d_v)):
         per_program = max(1, 4096 // padded(channels))
         _sum_items_kernel[(triton.cdiv(s, per_program), g, b)](
-            sums, *places, index.item_ends, grad, t, s, g,
-            L_SEL=l_sel, WIDTH=channels, COLS=padded(channels), ROWS=per_program, PACKED=packed,
+            sums, *places, index.item_ends, grad, items, t, s, g,
+            L_SEL=l_sel, WIDTH=channels, COLS=padded(channels), ROWS=per_program, PACKED=cu_seqlens is not None,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
 

@@ -28,7 +28,7 @@ def padded(n: int, least: int = 16) -> int:
 
 def _has_near_rows(x: Tensor) -> bool:
     """Whether the last axis is dense and an int32 holds the offset of any head or group."""
-    return x.stride(-1) == 1 and all(abs(stride) < 2**22 for stride in x.stride()[1:-1])
+    return x.stride(-1) == 1 and abs(x.stride(1)) < 2**24 and x.shape[2] * abs(x.stride(2)) < 2**31
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -151,8 +151,11 @@ def accumulate(acc, top, total, q, k, v, scale2, seen=None, CAREFUL: tl.constexp
 
 @triton.jit
 def score_gradient(scores, lse2, dp, delta, scale2):
-    """(p, dS / scale) from scores q·k, the base-2 LSE, dP = dO·V and delta, all broadcast to [rows, keys]."""
-    p = tl.exp2(scores * scale2 - lse2)
+    """(p, dS / scale) from scores q·k, the base-2 LSE, dP = dO·V and delta, all broadcast to [rows, keys].
+
+    p is at most 1, whatever huge scores round to.
+    """
+    p = tl.exp2(tl.minimum(scores * scale2 - lse2, 0.0, propagate_nan=tl.PropagateNan.ALL))
     return p, p * (dp - delta)
 
 
@@ -182,6 +185,7 @@ def _delta_kernel(
 def softmax_delta(o: Tensor, grad_o: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
     """`delta = sum_d(dO * O) - dLSE` and the LSE in base 2 (+inf for -inf), fp32 [b, t, n]."""
     b, t, n, d_v = o.shape
+    o, lse = o.contiguous(), lse.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     rows, cols = b * t * n, padded(d_v)
     per_program = max(1, 4096 // cols)
