@@ -70,7 +70,6 @@ def _candidate_keys(
     """int64 keys that order blocks by (score descending, index ascending); forced ones highest, no candidate -1."""
     r = tl.arange(0, AP)
     own = tl.where(r < A, tl.minimum(A - r, M), 0)[None, :]
-    after = tl.where(r < A, M, 0)[None, :] - own
     i = block[:, None] * A + r[None, :]
     some = (block <= last) & (block * A < count)
     if ALIGNED:
@@ -79,14 +78,9 @@ def _candidate_keys(
     else:
         value = tl.load(p + i, mask=some[:, None] & (own > 0) & (i < count), other=0.0)
     score = tl.sum(value * own, 1)
-    if M > 1:
-        i -= A
-        some = (block <= last) & (block > 0) & ((block - 1) * A < count)
-        if ALIGNED:
-            value = tl.load(p + tl.multiple_of(i, (1, AP)), mask=some[:, None], other=0.0)
-        else:
-            value = tl.load(p + i, mask=some[:, None] & (after > 0) & (i < count), other=0.0)
-        score += tl.sum(value * after, 1)
+    for before in tl.static_range(1, M):
+        i = block * A - before
+        score += tl.load(p + i, mask=(block <= last) & (i >= 0) & (i < count), other=0.0) * (M - before)
     score = tl.where(score == score, tl.maximum(score, 0.0), 0.0)
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where((block < INIT) | (block > last - LOCAL), 0x7FFFFFFF, bits)
