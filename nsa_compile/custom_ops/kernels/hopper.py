@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_compile.custom_ops.kernels.tiles import LOG2E, padded
+from nsa_compile.custom_ops.kernels.tiles import LN2, LOG2E, padded
 
 ROWS = KEYS = 64
 
@@ -232,7 +232,7 @@ def attend_kernel(
     out_offset = ((b.to(gl.int64) * t + out_row // H) * n + g * H + out_row % H) * D_V
     out_mask = gl.expand_dims(out_row // H < t, 1) & gl.expand_dims(out_col < D_V, 0)
     gl.store(o + gl.expand_dims(out_offset, 1) + gl.expand_dims(out_col, 0), out, mask=out_mask)
-    value = gl.where(total == 0.0, float("-inf"), (top * scale2 + gl.log2(total)) * 0.6931471805599453)
+    value = gl.where(total == 0.0, float("-inf"), (top * scale2 + gl.log2(total)) * LN2)
     gl.store(lse + (b.to(gl.int64) * t + token) * n + g * H + row % H, value, mask=live)
 
 
@@ -349,7 +349,7 @@ def sum_keys_kernel(
         t, tiles > 0, H, TOKENS, LISTED,
     )  # fmt: skip
     k_shared, v_shared = k_buffer.reshape([BN, DK]), v_buffer.reshape([BN, DV])
-    scale2 = scale * 1.4426950408889634
+    scale2 = scale * LOG2E
     key = gl.expand_dims(first_key + gl.arange(0, BN, layout=gl.SliceLayout(1, s_layout)), 1)
     zero = gl.zeros([BN, BM], gl.float32, layout=s_layout)
     dk = warpgroup_mma_init(gl.zeros([BN, DK], gl.float32, layout=k_layout))

@@ -71,6 +71,26 @@ def compressed_intervals(
 
 
 @triton.jit
+def _rows_and_keys(key_start, key_end, g, t, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """Token, head, liveness and keys start … end - 1 of a program's rows; they see keys begin … finish - 1.
+
+    All rows see the keys full_begin … full_end - 1, whole tiles of BN; BC divides full_begin - begin.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tile * BM + tl.arange(0, BM)
+    token, head = row // H, g * H + row % H
+    live = token < t
+    start = tl.load(key_start + token, mask=live, other=0)
+    end = tl.load(key_end + token, mask=live, other=0)
+    first, last = tile * BM // H, tl.minimum((tile * BM + BM - 1) // H, t - 1)
+    begin, full_begin = tl.load(key_start + first), tl.load(key_start + last)
+    full_end, finish = tl.load(key_end + first), tl.load(key_end + last)
+    full_begin = begin + tl.cdiv(full_begin - begin, BC) * BC
+    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+    return token, head, live, start, end, begin, full_begin, full_end, finish
+
+
+@triton.jit
 def _attend_masked(
     acc, top, total, q, k, v, start, end, first, last, scale2, k_s, v_s,
     D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr,
@@ -92,20 +112,10 @@ def _interval_fwd_kernel(
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = tile * BM + tl.arange(0, BM)
-    token, head = row // H, g * H + row % H
-    live = token < t
-    key_start += b * t
-    key_end += b * t
-    start = tl.load(key_start + token, mask=live, other=0)
-    end = tl.load(key_end + token, mask=live, other=0)
-    first, last = tile * BM // H, tl.minimum((tile * BM + BM - 1) // H, t - 1)
-    begin, full_begin = tl.load(key_start + first), tl.load(key_start + last)
-    full_end, finish = tl.load(key_end + first), tl.load(key_end + last)
-    full_begin = begin + tl.cdiv(full_begin - begin, BC) * BC
-    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+    token, head, live, start, end, begin, full_begin, full_end, finish = _rows_and_keys(
+        key_start + b * t, key_end + b * t, g, t, H, BM, BN, BC
+    )
 
     q_tile = gather_rows(q + b * q_b, token, head * q_n, live, q_t, D_K, DK)
     if NEGATIVE:
@@ -154,20 +164,10 @@ def _interval_bwd_dq_kernel(
     H: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = tile * BM + tl.arange(0, BM)
-    token, head = row // H, g * H + row % H
-    live = token < t
-    key_start += b * t
-    key_end += b * t
-    start = tl.load(key_start + token, mask=live, other=0)
-    end = tl.load(key_end + token, mask=live, other=0)
-    first, last = tile * BM // H, tl.minimum((tile * BM + BM - 1) // H, t - 1)
-    begin, full_begin = tl.load(key_start + first), tl.load(key_start + last)
-    full_end, finish = tl.load(key_end + first), tl.load(key_end + last)
-    full_begin = begin + tl.cdiv(full_begin - begin, BC) * BC
-    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+    token, head, live, start, end, begin, full_begin, full_end, finish = _rows_and_keys(
+        key_start + b * t, key_end + b * t, g, t, H, BM, BN, BC
+    )
 
     q_tile = gather_rows(q + b * q_b, token, head * q_n, live, q_t, D_K, DK)
     go_tile = gather_rows(grad_o + b * o_b, token, head * o_n, live & (start < end), o_t, D_V, DV)

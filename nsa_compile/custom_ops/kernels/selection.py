@@ -209,14 +209,13 @@ def _selected_dq_blocks(
         hidden = tl.where(chosen, lse2, float("inf"))
         if WHOLE:
             k_tile, v_tile = load_keys(k_tiles, b, g, key, BN, DK), load_keys(v_tiles, b, g, key, BN, DV)
-            scores, dp = dot(q, tl.trans(k_tile)), dot(grad_o, tl.trans(v_tile))
-            _, ds = score_gradient(scores, hidden[:, None], dp, delta[:, None], scale2)
         else:
             stop = tl.minimum(block + L_SEL, end)
             k_tile = load_rows(k, key, stop, k_s, D_K, BN, DK, True)
             v_tile = load_rows(v, key, stop, v_s, D_V, BN, DV, True)
-            scores, dp = dot(q, tl.trans(k_tile)), dot(grad_o, tl.trans(v_tile))
-            _, ds = score_gradient(scores, hidden[:, None], dp, delta[:, None], scale2)
+        scores, dp = dot(q, tl.trans(k_tile)), dot(grad_o, tl.trans(v_tile))
+        _, ds = score_gradient(scores, hidden[:, None], dp, delta[:, None], scale2)
+        if not WHOLE:
             column = key + tl.arange(0, BN)[None, :]
             ds = tl.where(chosen[:, None] & (column <= place[:, None]) & (column < stop), ds, 0.0)
             k_tile = finite(k_tile)
