@@ -14,6 +14,8 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nsa_compile as nsa
+from nsa_compile.module import MLPCompressor
+from nsa_compile.ops.gating import gated_sum
 
 SIZES = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16}
 WINDOW = 512
@@ -43,32 +45,41 @@ def neighbouring_blocks(t: int, g: int, rho: float, *, n_sel: int = 16, l_sel: i
 
 
 def median_ms(run, seconds: float = 0.4) -> tuple[float, float]:
-    """Median and spread (interquartile range) of the time of run() in ms, after a warm-up."""
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < 1000 * seconds:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
+    """Median and spread (interquartile range) of the time of run() in ms, after a warm-up, under sustained load."""
+    events = []
+
+    def record(calls: int) -> list[float]:
+        events[:] = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for begin, end in events:  # the host runs ahead, as in training
+            begin.record()
+            run()
+            end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
+        return [begin.elapsed_time(end) for begin, end in events]
+
+    times = record(max(5, min(100, int(1000 * seconds / min(record(3))))))
     quarters = statistics.quantiles(times, n=4)
     return statistics.median(times), quarters[2] - quarters[0]
 
 
+def kernel_ms(run, calls: int = 3) -> dict[str, float]:
+    """ms per call on the device of each kernel that run() launches, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    spent = {event.key[:60]: event.self_device_time_total / 1000 / calls for event in trace.key_averages()}
+    return {name: round(ms, 3) for name, ms in sorted(spent.items(), key=lambda x: -x[1]) if ms > 0.005}
+
+
 def with_backward(run, inputs):
     """run() and its gradient for a random grad of the first output."""
-    grad = None
+    first = run()
+    grad = torch.randn_like(first[0] if isinstance(first, tuple) else first)
 
     def both():
-        nonlocal grad
         out = run()
-        out = out[0] if isinstance(out, tuple) else out
-        grad = torch.randn_like(out) if grad is None else grad
-        torch.autograd.grad(out, inputs, grad)
+        torch.autograd.grad(out[0] if isinstance(out, tuple) else out, inputs, grad)
 
     return both
 
@@ -103,15 +114,20 @@ def main() -> None:
     def selected(blocks):
         return lambda: nsa.selected_attention(q, k_slc, v_slc, blocks, l_sel=SIZES["l_sel"])
 
+    config = nsa.NSAConfig(n_heads=n, n_kv_groups=g, d_k=c, d_v=c, phi="mlp", **SIZES, w=WINDOW)
+    phi_k, phi_v = (torch.compile(MLPCompressor(config, c).to("cuda", torch.bfloat16)) for _ in "kv")
+    mix = torch.compile(gated_sum)
     branches = [nsa.window_attention(q, k_win, v_win, w=WINDOW)[0].detach().requires_grad_() for _ in range(3)]
     ops = {
         "compress_mean (K and V)": (lambda: torch.stack([nsa.compress_mean(x, **mean) for x in (k, v)]), (k, v)),
+        "conv + MLP (K and V), torch.compile": (lambda: torch.stack((phi_k(k), phi_v(v))), (k, v)),
         "compressed attention": (lambda: nsa.compressed_attention(q, k_cmp, v_cmp, **mean), (q, k_cmp, v_cmp)),
         "select_blocks": (lambda: nsa.select_blocks(q, k_cmp, lse, **SIZES), None),
         "selected attention, random blocks": (selected(random), (q, k_slc, v_slc)),
         "selected attention, rho 0.8": (selected(alike), (q, k_slc, v_slc)),
         "window attention": (lambda: nsa.window_attention(q, k_win, v_win, w=WINDOW), (q, k_win, v_win)),
         "gated sum": (lambda: nsa.gated_sum(*branches, gates), (*branches, gates)),
+        "gated sum, torch.compile": (lambda: mix(*branches, gates), (*branches, gates)),
         "nsa_attention": (whole, (q, k, v, k_slc, v_slc, k_win, v_win, gates)),
     }
     if args.dense:
@@ -126,11 +142,14 @@ def main() -> None:
     for name, (run, inputs) in ops.items():
         with torch.no_grad():
             forward = median_ms(run)
+        step = run if inputs is None else with_backward(run, inputs)
+        both = (None, None) if inputs is None else median_ms(step)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        both = (None, None) if inputs is None else median_ms(with_backward(run, inputs))
+        step()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        rows.append({"op": name, "forward": forward, "both": both, "peak_mb": peak})
+        kernels = kernel_ms(step)
+        rows.append({"op": name, "forward": forward, "both": both, "peak_mb": peak, "kernels": kernels})
         print(f"{name:36s} {forward[0]:8.2f} ±{forward[1]:5.2f}", end="")
         print("" if inputs is None else f" {both[0]:8.2f} ±{both[1]:5.2f}   peak {peak:7.0f} MB", flush=True)
     record = {

@@ -33,6 +33,12 @@ def num_cmp_at(position: Tensor, *, l: int, d: int) -> Tensor:
     return torch.where(position + 1 < l, 0, (position + 1 - l) // d + 1)
 
 
+def sequence_of(ends: Tensor, index: Tensor) -> Tensor:
+    """Number of the packed sequence that holds each index: the last whose start is not past it; ends int64 [N + 1]."""
+    # in the whole of ends, since Inductor cannot search in a part
+    return (torch.searchsorted(ends, index, right=True) - 1).clamp(0, len(ends) - 2)
+
+
 def query_layout(q: Tensor, q_start: Tensor | None, cu_seqlens: Tensor | None) -> QueryLayout:
     """Positions of queries q [b, t, ...]: from 0, from `q_start` int32 [b], or packed by `cu_seqlens` [N + 1]."""
     b, t = q.shape[:2]
@@ -41,7 +47,7 @@ def query_layout(q: Tensor, q_start: Tensor | None, cu_seqlens: Tensor | None) -
         position = index if q_start is None else index + q_start.long()[:, None]
         return QueryLayout(position, torch.zeros_like(index), position >= 0)
     ends = cu_seqlens.long()
-    sequence = torch.searchsorted(ends[1:].contiguous(), index, right=True).clamp_max(len(ends) - 2)
+    sequence = sequence_of(ends, index)
     first = ends[sequence].clamp(0, t)
     return QueryLayout(index - first, first, (index < ends[-1]) & (index >= first))
 
@@ -57,7 +63,7 @@ def compressed_slots(c: int, cu_seqlens: Tensor, *, l: int, d: int) -> tuple[Ten
     """For each of `c` packed slots: block number in its own sequence, index of its first token, whether it is used."""
     ends = compressed_ends(cu_seqlens, l=l, d=d)
     slot = torch.arange(c, device=cu_seqlens.device)
-    sequence = torch.searchsorted(ends[1:].contiguous(), slot, right=True).clamp_max(len(ends) - 2)
+    sequence = sequence_of(ends, slot)
     block = (slot - ends[sequence]).clamp_min(0)
     return block, cu_seqlens.long()[sequence] + block * d, slot < ends[-1]
 
@@ -67,9 +73,7 @@ def visible_slots(layout: QueryLayout, cu_seqlens: Tensor | None, *, l: int, d: 
     count = num_cmp_at(layout.position, l=l, d=d) * layout.valid
     if cu_seqlens is None:
         return torch.zeros_like(count), count
-    starts = cu_seqlens.long()
-    sequence = torch.searchsorted(starts[1:].contiguous(), layout.first, right=True).clamp_max(len(starts) - 2)
-    first = compressed_ends(cu_seqlens, l=l, d=d)[sequence]
+    first = compressed_ends(cu_seqlens, l=l, d=d)[sequence_of(cu_seqlens.long(), layout.first)]
     return first, first + count
 
 

@@ -4,6 +4,9 @@ Two kernels take turns over chunks of queries. With a = l_sel / d and m = l / d,
 block j by `min(m, a - r)` strides and block j + 1 by the rest.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -63,40 +66,45 @@ def _group_probabilities_kernel(
 
 
 @triton.jit
-def _candidate_keys(
+def _free_scores(
     p, block, count, last, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """int64 keys that order blocks by (score descending, index ascending); forced ones highest, no candidate -1."""
+    """Scores of blocks as int32 in the same order: the bits of fp32 numbers >= 0; -1 if forced or no candidate."""
     r = tl.arange(0, AP)
     own = tl.where(r < A, tl.minimum(A - r, M), 0)[None, :]
     i = block[:, None] * A + r[None, :]
-    some = (block <= last) & (block * A < count)
+    free = (block >= INIT) & (block <= last - LOCAL)
     if ALIGNED:
         i = tl.multiple_of(i, (1, AP))
-        value = tl.load(p + i, mask=some[:, None], other=0.0)
+        value = tl.load(p + i, mask=(free & (block * A < count))[:, None], other=0.0)
     else:
-        value = tl.load(p + i, mask=some[:, None] & (own > 0) & (i < count), other=0.0)
+        value = tl.load(p + i, mask=free[:, None] & (own > 0) & (i < count), other=0.0)
     score = tl.sum(value * own, 1)
     for before in tl.static_range(1, M):
         i = block * A - before
-        score += tl.load(p + i, mask=(block <= last) & (i >= 0) & (i < count), other=0.0) * (M - before)
+        score += tl.load(p + i, mask=free & (i >= 0) & (i < count), other=0.0) * (M - before)
     score = tl.where(score == score, tl.maximum(score, 0.0), 0.0)
-    bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where((block < INIT) | (block > last - LOCAL), 0x7FFFFFFF, bits)
-    key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
-    return tl.where(block <= last, key, -1)
+    return tl.where(free, score.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def _take_best(score, block):
+    """The block of the highest score, the lowest one of equals, -1 if none is >= 0; and the scores without it."""
+    best = tl.max(score, 0)
+    taken = tl.min(tl.where(score == best, block, 0x7FFFFFFF), 0)
+    return tl.where(best < 0, -1, taken), tl.where(block == taken, -1, score)
 
 
 @triton.jit
 def _top_blocks_kernel(
-    p, position, key_start, key_end, block_indices, first_token, chunk, t, width, n_groups, candidates, n,
-    L_SEL: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    ALIGNED: tl.constexpr, TEAMS: tl.constexpr, TEAM: tl.constexpr, NP: tl.constexpr,
+    p, position, key_start, key_end, block_indices, first_token, chunk, t, width, n_groups, candidates,
+    N: tl.constexpr, NP: tl.constexpr, L_SEL: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr, TEAMS: tl.constexpr, TEAM: tl.constexpr,
 ):  # fmt: skip
-    """The n highest blocks of a query and group, ascending, from TEAMS * TEAM >= candidates blocks.
+    """The forced blocks of a query and group and the best others of TEAMS * TEAM >= candidates blocks, ascending.
 
-    They lie within the n best teams, each as good as its best block; block j belongs to team j % TEAMS.
+    The best lie within as many best teams, each as good as its best block; block j belongs to team j % TEAMS.
     """
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = first_token + tl.program_id(0)
@@ -108,39 +116,42 @@ def _top_blocks_kernel(
     if not ALIGNED:
         p += start
     slot, lane = tl.arange(0, NP), tl.arange(0, TEAMS)
-
-    best = tl.full([TEAMS], -1, tl.int64)
-    for first in tl.range(0, last + 1, TEAMS):
-        best = tl.maximum(best, _candidate_keys(p, first + lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED))
-    team = tl.full([NP], -1, tl.int32)
-    limit = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    for i in tl.range(0, n):
-        limit = tl.max(tl.where(best < limit, best, -1), 0)
-        of_limit = tl.where(limit < 0, -1, (0x7FFFFFFF - (limit & 0x7FFFFFFF)) % TEAMS).to(tl.int32)
-        team = tl.where(slot == i, of_limit, team)
-
-    block = tl.where(team < 0, last + 1, team)[None, :] + tl.arange(0, TEAM)[:, None] * TEAMS
-    keys = _candidate_keys(p, block.reshape(TEAM * NP), count, last, A, AP, M, INIT, LOCAL, ALIGNED)
-    chosen = tl.full([NP], 0x7FFFFFFF, tl.int32)
-    limit = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    for i in tl.range(0, n):
-        limit = tl.max(tl.where(keys < limit, keys, -1), 0)
-        of_limit = tl.where(limit < 0, 0x7FFFFFFF, 0x7FFFFFFF - (limit & 0x7FFFFFFF)).to(tl.int32)
-        chosen = tl.where(slot == i, of_limit, chosen)
-    place = tl.sum((chosen[None, :] < chosen[:, None]).to(tl.int32), 1)
-    out = block_indices + ((b * t + token) * n_groups + g) * n
-    some = chosen < 0x7FFFFFFF
+    FREE: tl.constexpr = N - INIT - LOCAL
+    local = tl.where(last >= INIT + LOCAL, last + 1 - LOCAL - INIT, 0)
+    forced = tl.where(slot < INIT, slot, slot + local)
+    chosen = tl.where((slot < INIT + LOCAL) & (forced <= last), forced, -1)
+    if FREE > 0:
+        best, block = tl.full([TEAMS], -1, tl.int32), lane
+        for first in tl.range(0, last + 1, TEAMS):
+            score = _free_scores(p, first + lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED)
+            block = tl.where(score > best, first + lane, block)
+            best = tl.maximum(best, score)
+        team = tl.full([NP], -1, tl.int32)
+        for i in tl.range(0, FREE):
+            taken, best = _take_best(best, block)
+            team = tl.where(slot == i, tl.where(taken < 0, -1, taken % TEAMS), team)
+        block = tl.where(team < 0, last + 1, team)[None, :] + tl.arange(0, TEAM)[:, None] * TEAMS
+        block = block.reshape(TEAM * NP)
+        score = _free_scores(p, block, count, last, A, AP, M, INIT, LOCAL, ALIGNED)
+        for i in tl.range(INIT + LOCAL, N):
+            taken, score = _take_best(score, block)
+            chosen = tl.where(slot == i, taken, chosen)
+    out = block_indices + ((b * t + token) * n_groups + g) * N
+    some = chosen >= 0
+    place = tl.sum((some[None, :] & (chosen[None, :] < chosen[:, None])).to(tl.int32), 1)
     tl.store(out + place, chosen, mask=some)
-    tl.store(out + slot, tl.full([NP], -1, tl.int32), mask=(slot < n) & (slot >= tl.sum(some.to(tl.int32), 0)))
+    tl.store(out + slot, tl.full([NP], -1, tl.int32), mask=(slot < N) & (slot >= tl.sum(some.to(tl.int32), 0)))
 
 
-SCRATCH = 64 * 2**20
-"""Bytes that the probabilities of one chunk of queries may take."""
+SCRATCH = 2048
+"""Bytes per query of the whole that the probabilities of one chunk of queries may take, if over 64 MiB."""
+TEAM = 8
+"""Blocks of a team, of which its best stands for it while the best teams are sought."""
 
 
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, l: int, d: int, l_sel: int, n_sel: int, init_blocks: int, local_blocks: int,
-    q_start: Tensor | None, cu_seqlens: Tensor | None, scale: float, scratch: int = SCRATCH,
+    q_start: Tensor | None, cu_seqlens: Tensor | None, scale: float, scratch: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The blocks each query and group attends to: int32 [b, t, g, n_sel], ascending, -1 in unused slots."""
     q, k_cmp, lse = row_major(q), aligned(k_cmp), lse.contiguous()
@@ -154,24 +165,45 @@ def select_blocks(
     HP, bytes_per_row = padded(h, 1), DK * q.element_size()
     columns, keys = (128, 64) if bytes_per_row <= 256 else (64, 64) if bytes_per_row <= 512 else (16, 32)
     tokens = max(1, columns // HP)
-    is_aligned, stride = cu_seqlens is None and keys % A == 0, triton.cdiv(max(1, c), keys) * keys
-    chunk = max(tokens, scratch // (4 * b * g * stride) // tokens * tokens)
-    chunk = min(chunk, triton.cdiv(t, tokens) * tokens)
-    p = torch.empty(b, chunk, g, stride, dtype=torch.float32, device=q.device)
-    for first in range(0, t, chunk):
-        size = min(chunk, t - first)
+    is_aligned, tiles = cu_seqlens is None and keys % A == 0, key_tiles(k_cmp, keys, DK)
+    scratch = scratch or max(2**26, SCRATCH * b * t)
+    chunks = list(_chunks(t, c, None if q_start is not None else d, tokens, keys, scratch // (4 * b * g)))
+    most = max(triton.cdiv(size, tokens) * tokens * width for _, size, width in chunks)
+    p = torch.empty(b * g * most, dtype=torch.float32, device=q.device)
+    for first, size, width in chunks:
+        chunk = triton.cdiv(size, tokens) * tokens  # whole tiles are written
         if c > 0:
             _group_probabilities_kernel[(triton.cdiv(size, tokens), g, b)](
-                q, key_tiles(k_cmp, keys, DK), *intervals, lse, p, scale * LOG2E.value, first, chunk, t, stride, n, g,
+                q, tiles, *intervals, lse, p, scale * LOG2E.value, first, chunk, t, width, n, g,
                 *q.stride()[:3], H=h, HP=HP, D_K=d_k, DK=DK, TOKENS=tokens, BN=keys, ALIGNED=is_aligned,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
         candidates = blocks if q_start is not None else triton.cdiv(first + size, l_sel)
-        teams = min(4096, padded(triton.cdiv(candidates, 4), 32))
+        teams = min(4096, padded(triton.cdiv(candidates, TEAM), 32))
         _top_blocks_kernel[(size, g, b)](
-            p, position, *intervals, indices, first, chunk, t, stride, g, candidates, n_sel,
-            L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
-            TEAMS=teams, TEAM=padded(triton.cdiv(candidates, teams), 4), NP=padded(n_sel, 1),
+            p, position, *intervals, indices, first, chunk, t, width, g, candidates,
+            N=n_sel, NP=padded(n_sel, 1), L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks,
+            ALIGNED=is_aligned, TEAMS=teams, TEAM=padded(triton.cdiv(candidates, teams), 2),
             num_warps=min(8, max(1, teams * padded(A, 1) // 2048)),
         )  # fmt: skip
     return indices
+
+
+def _chunks(t: int, c: int, d: int | None, tokens: int, keys: int, elements: int) -> Iterator[tuple[int, int, int]]:
+    """Chunks (first query, size, compressed tokens to score) of t queries, of about `elements` scores each.
+
+    The query at t sees none of the c compressed tokens from t / d on, where d is given.
+    """
+
+    def width(end: int) -> int:
+        seen = c if d is None else min(c, triton.cdiv(end, d))
+        return triton.cdiv(max(1, seen), keys) * keys
+
+    first = 0
+    while first < t:
+        size = max(tokens, elements // width(t) // tokens * tokens)
+        if d is not None:  # early queries see less: size * (first + size) / d = elements
+            size = max(size, (math.isqrt(first * first + 4 * d * elements) - first) // 2 // tokens * tokens)
+        size = min(size, t - first)
+        yield first, size, width(first + size)
+        first += size

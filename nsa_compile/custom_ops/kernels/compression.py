@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_compile.custom_ops.kernels.tiles import padded, row_major
-from nsa_compile.ops.layout import compressed_ends, compressed_slots, num_cmp, query_layout
+from nsa_compile.ops.layout import compressed_ends, compressed_slots, num_cmp, query_layout, sequence_of
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def compress_mean_backward(grad: Tensor, s: int, l: int, d: int, cu_seqlens: Ten
     if cu_seqlens is not None:
         layout = query_layout(out, None, cu_seqlens)
         starts = cu_seqlens.long()
-        sequence = torch.searchsorted(starts[1:].contiguous(), layout.first[0], right=True).clamp_max(len(starts) - 2)
+        sequence = sequence_of(starts, layout.first[0])
         ends = compressed_ends(cu_seqlens, l=l, d=d).clamp(0, c)
         position = torch.where(layout.valid, layout.position, -1)
         slots = ends[sequence]

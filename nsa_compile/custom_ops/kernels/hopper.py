@@ -169,16 +169,15 @@ def attend_kernel(
         mbarrier.wait(v_ready.index(i & 1), (i >> 1) & 1)
         v_shared = v_buffers.index(i & 1).reshape([BN, DV])
         p = gl.convert_layout(p.to(dtype), p_layout)
-        worst = 0
+        zeros = gl.zeros([8, DV], gl.float32, layout=out_layout)
         for part in gl.static_range(8):
-            value = v_shared.slice(part * 8, 8).load(out_layout).to(gl.float32)
-            broken = gl.max(gl.where((value - value) == 0.0, 0, 1), 1)
-            broken_keys.slice(part * 8, 8).store(broken)
-            worst = gl.maximum(worst, gl.max(broken, 0))
-        if worst > 0:
+            zeros = gl.fma(v_shared.slice(part * 8, 8).load(out_layout).to(gl.float32), 0.0, zeros)
+        if gl.max(gl.max(gl.where(zeros == 0.0, 0, 1), 1), 0) > 0:
             for part in gl.static_range(8):
                 piece = v_shared.slice(part * 8, 8).load(out_layout).to(gl.float32)
-                v_shared.slice(part * 8, 8).store(gl.where((piece - piece) == 0.0, piece, 0.0).to(dtype))
+                sound = (piece - piece) == 0.0
+                broken_keys.slice(part * 8, 8).store(gl.max(gl.where(sound, 0, 1), 1))
+                v_shared.slice(part * 8, 8).store(gl.where(sound, piece, 0.0).to(dtype))
             fence_async_shared()
             broken_columns = gl.expand_dims(broken_keys.load(gl.SliceLayout(0, s_layout)), 0)
             broken_rows = gl.convert_layout(gl.max(gl.where(seen, broken_columns, 0), 1), o_rows)
@@ -261,15 +260,16 @@ def _load_queries(
 
 @gluon.jit
 def _row_slots(
-    tokens, count, i, row, begin, layout: gl.constexpr, H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr
-):
+    tokens, count, i, row, begin, finish, layout: gl.constexpr,
+    H: gl.constexpr, TOKENS: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
     """(token, head in the group, whether it counts) of the 64 rows of the tile i."""
     index = gl.arange(0, 64, layout=layout)
     if LISTED:
         place = i * TOKENS + index // H
         return gl.load(tokens + place, mask=place < count, other=0), index % H, place < count
     else:
-        return (row + index) // H, index % H, row + index >= begin
+        return (row + index) // H, index % H, (row + index >= begin) & (row + index < finish)
 
 
 @gluon.jit
@@ -293,7 +293,7 @@ def sum_keys_kernel(
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_tiles.dtype
-    begin, first_row, count, full_begin, full_end, shift = 0, 0, 0, 0, 0, 0
+    begin, finish, first_row, count, full_begin, full_end, shift = 0, 0, 0, 0, 0, 0, 0
     if LISTED:
         item = gl.program_id(0).to(gl.int64)
         bucket = gl.load(buckets + item)
@@ -354,7 +354,7 @@ def sum_keys_kernel(
     zero = gl.zeros([BN, BM], gl.float32, layout=s_layout)
     dk = warpgroup_mma_init(gl.zeros([BN, DK], gl.float32, layout=k_layout))
     dv = warpgroup_mma_init(gl.zeros([BN, DV], gl.float32, layout=v_layout))
-    token, head, live = _row_slots(tokens, count, 0, first_row, begin, lanes, H, TOKENS, LISTED)
+    token, head, live = _row_slots(tokens, count, 0, first_row, begin, finish, lanes, H, TOKENS, LISTED)
     row_lse = gl.load(lse2 + token.to(gl.int64) * n + head, mask=live, other=float("inf"))
     row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
     mbarrier.wait(ready.index(2), 0)
@@ -365,7 +365,7 @@ def sum_keys_kernel(
         delta_buffer.store(-row_delta)
         s_start = zero + gl.expand_dims(lse_buffer.load(columns), 0)
         dp_start = zero + gl.expand_dims(delta_buffer.load(columns), 0)
-        token, head, live = _row_slots(tokens, count, i + 1, row + BM, begin, lanes, H, TOKENS, LISTED)
+        token, head, live = _row_slots(tokens, count, i + 1, row + BM, begin, finish, lanes, H, TOKENS, LISTED)
         row_lse = gl.load(lse2 + token.to(gl.int64) * n + head, mask=live, other=float("inf"))
         row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
         mbarrier.wait(ready.index(i & 1), (i >> 1) & 1)
@@ -388,7 +388,7 @@ def sum_keys_kernel(
         else:
             masked = (row < gl.maximum(full_begin, begin)) | (row + BM > full_end)
         if masked:
-            here, _, alive = _row_slots(tokens, count, i, row, begin, columns, H, TOKENS, LISTED)
+            here, _, alive = _row_slots(tokens, count, i, row, begin, finish, columns, H, TOKENS, LISTED)
             if LISTED:
                 seen = (key <= gl.expand_dims(here + shift, 0)) & gl.expand_dims(alive, 0)
             else:

@@ -115,7 +115,7 @@ def block_unions(block_indices: Tensor, places: Places, l_sel: int, tokens: int)
     tiles = triton.cdiv(t, tokens)
     entries = torch.empty(b, g, tiles, tokens * n_sel, 2, dtype=torch.int32, device=block_indices.device)
     counts = torch.empty(b, g, tiles, 2, dtype=torch.int32, device=block_indices.device)
-    lanes = min(32, padded(tiles, 1))
+    lanes = max(1, 32 // padded(tokens, 1))
     _union_kernel[(triton.cdiv(tiles, lanes), g, b)](
         block_indices, *places, entries, counts, t, tiles, *block_indices.stride(),
         N=n_sel, L_SEL=l_sel, TOKENS=tokens, PAD=padded(tokens, 1), LANES=lanes, num_warps=1,
@@ -438,10 +438,11 @@ def selected_attention(
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    tokens = tile_tokens(h, max(DK, DV) * q.element_size())
+    on_hopper = tiles is None and h in (4, 8, 16, 32, 64) and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v)
+    tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, max(DK, DV) * q.element_size())
     block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
-    if tiles is None and tokens * h == hopper.ROWS and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v):
+    if on_hopper:
         end = torch.where(places.position < 0, 0, places.first + places.position + 1)
         return hopper.attend(q, k, v, torch.zeros_like(end), end, (entries, counts), l_sel, scale)
     rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))[0]
