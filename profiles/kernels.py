@@ -46,10 +46,9 @@ def neighbouring_blocks(t: int, g: int, rho: float, *, n_sel: int = 16, l_sel: i
 
 def median_ms(run, seconds: float = 0.4) -> tuple[float, float]:
     """Median and spread (interquartile range) of the time of run() in ms, after a warm-up, under sustained load."""
-    events = []
 
     def record(calls: int) -> list[float]:
-        events[:] = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for begin, end in events:  # the host runs ahead, as in training
             begin.record()
             run()
