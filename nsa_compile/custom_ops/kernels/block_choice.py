@@ -70,20 +70,26 @@ def _free_scores(
     p, block, count, last, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of blocks as int32 in the same order: the bits of fp32 numbers >= 0; -1 if forced or no candidate."""
-    r = tl.arange(0, AP)
-    own = tl.where(r < A, tl.minimum(A - r, M), 0)[None, :]
-    i = block[:, None] * A + r[None, :]
+    """Scores of blocks as int32 in the same order: the bits of fp32 numbers >= 0; -1 if forced or no candidate.
+
+    p holds what `count` compressed tokens give or, if A is 0, the scores of blocks.
+    """
     free = (block >= INIT) & (block <= last - LOCAL)
-    if ALIGNED:
-        i = tl.multiple_of(i, (1, AP))
-        value = tl.load(p + i, mask=(free & (block * A < count))[:, None], other=0.0)
+    if A == 0:
+        score = tl.load(p + block, mask=free, other=0.0)
     else:
-        value = tl.load(p + i, mask=free[:, None] & (own > 0) & (i < count), other=0.0)
-    score = tl.sum(value * own, 1)
-    for before in tl.static_range(1, M):
-        i = block * A - before
-        score += tl.load(p + i, mask=free & (i >= 0) & (i < count), other=0.0) * (M - before)
+        r = tl.arange(0, AP)
+        own = tl.where(r < A, tl.minimum(A - r, M), 0)[None, :]
+        i = block[:, None] * A + r[None, :]
+        if ALIGNED:
+            i = tl.multiple_of(i, (1, AP))
+            value = tl.load(p + i, mask=(free & (block * A < count))[:, None], other=0.0)
+        else:
+            value = tl.load(p + i, mask=free[:, None] & (own > 0) & (i < count), other=0.0)
+        score = tl.sum(value * own, 1)
+        for before in tl.static_range(1, M):
+            i = block * A - before
+            score += tl.load(p + i, mask=free & (i >= 0) & (i < count), other=0.0) * (M - before)
     score = tl.where(score == score, tl.maximum(score, 0.0), 0.0)
     return tl.where(free, score.to(tl.int32, bitcast=True), -1)
 
@@ -97,24 +103,15 @@ def _take_best(score, block):
 
 
 @triton.jit
-def _top_blocks_kernel(
-    p, position, key_start, key_end, block_indices, first_token, chunk, t, width, n_groups, candidates,
-    N: tl.constexpr, NP: tl.constexpr, L_SEL: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr,
+def choose_blocks(
+    p, count, last, out, N: tl.constexpr, NP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr, TEAMS: tl.constexpr, TEAM: tl.constexpr,
 ):  # fmt: skip
-    """The forced blocks of a query and group and the best others of TEAMS * TEAM >= candidates blocks, ascending.
+    """The forced blocks of 0 … last and the best others, N in all, ascending at `out` and then -1; returned unordered.
 
-    The best lie within as many best teams, each as good as its best block; block j belongs to team j % TEAMS.
+    The best of the TEAMS * TEAM > last blocks lie within as many best teams, each as good as its best block; block j
+    belongs to team j % TEAMS. p, count and A are as in `_free_scores`.
     """
-    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = first_token + tl.program_id(0)
-    pos = tl.load(position + b * t + token)
-    start = tl.load(key_start + b * t + token)
-    count = tl.load(key_end + b * t + token) - start
-    last = tl.where(pos >= 0, tl.minimum(pos // L_SEL, candidates - 1), -1)
-    p += tl.multiple_of(((b * chunk + tl.program_id(0)) * n_groups + g) * width, 16)
-    if not ALIGNED:
-        p += start
     slot, lane = tl.arange(0, NP), tl.arange(0, TEAMS)
     FREE: tl.constexpr = N - INIT - LOCAL
     local = tl.where(last >= INIT + LOCAL, last + 1 - LOCAL - INIT, 0)
@@ -136,11 +133,31 @@ def _top_blocks_kernel(
         for i in tl.range(INIT + LOCAL, N):
             taken, score = _take_best(score, block)
             chosen = tl.where(slot == i, taken, chosen)
-    out = block_indices + ((b * t + token) * n_groups + g) * N
     some = chosen >= 0
     place = tl.sum((some[None, :] & (chosen[None, :] < chosen[:, None])).to(tl.int32), 1)
     tl.store(out + place, chosen, mask=some)
     tl.store(out + slot, tl.full([NP], -1, tl.int32), mask=(slot < N) & (slot >= tl.sum(some.to(tl.int32), 0)))
+    return chosen
+
+
+@triton.jit
+def _top_blocks_kernel(
+    p, position, key_start, key_end, block_indices, first_token, chunk, t, width, n_groups, candidates,
+    N: tl.constexpr, NP: tl.constexpr, L_SEL: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr, TEAMS: tl.constexpr, TEAM: tl.constexpr,
+):  # fmt: skip
+    """`choose_blocks` of one query and group, with TEAMS * TEAM >= candidates."""
+    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token = first_token + tl.program_id(0)
+    pos = tl.load(position + b * t + token)
+    start = tl.load(key_start + b * t + token)
+    count = tl.load(key_end + b * t + token) - start
+    last = tl.where(pos >= 0, tl.minimum(pos // L_SEL, candidates - 1), -1)
+    p += tl.multiple_of(((b * chunk + tl.program_id(0)) * n_groups + g) * width, 16)
+    if not ALIGNED:
+        p += start
+    out = block_indices + ((b * t + token) * n_groups + g) * N
+    choose_blocks(p, count, last, out, N, NP, A, AP, M, INIT, LOCAL, ALIGNED, TEAMS, TEAM)
 
 
 SCRATCH = 2048
