@@ -197,11 +197,11 @@ def check_against_fp64(
 
     def counted(*x):
         outputs = call(*x, impl="triton")
-        forward.append(launches.of(file, "hopper"))
+        forward.append(launches.of(file, "hopper", "hopper_backward"))
         return outputs
 
     got = differentiate(counted, tensors, case, wanted)
-    assert 0 < forward[0] < launches.of(file, "hopper")
+    assert 0 < forward[0] < launches.of(file, "hopper", "hopper_backward")
     for actual, reference, expected in zip(got, same_type, exact, strict=True):
         assert (actual.dtype, actual.shape) == (reference.dtype, expected.shape)
         assert_within(actual, expected, 2, reference, ATOL[case.dtype])
@@ -369,7 +369,7 @@ def test_nan_reaches_only_later_queries(branch, poison, launches):
     tensors[1 if poison == "key" else 2][:, tensors[1].shape[1] // 2] = NAN
     expected = branch.call(SMALL.shape, blocks, *tensors, impl="reference")
     got = branch.call(SMALL.shape, blocks, *tensors, impl="triton")
-    assert launches.of(branch.file, "hopper") > 0
+    assert launches.of(branch.file, "hopper", "hopper_backward") > 0
     broken = expected[0].isnan().any(-1).any(-1)[0]
     first = int(broken.int().argmax())
     assert 0 < first < SMALL.t - 1
@@ -392,7 +392,7 @@ def test_nan_of_a_sequence_stays_in_it(branch, launches):
     for tensor in tensors[1:]:
         tensor[:, :length] = NAN
     got = branch.call(shape, blocks, *tensors, **case.how, impl="triton")
-    assert launches.of(branch.file, "hopper") > 0
+    assert launches.of(branch.file, "hopper", "hopper_backward") > 0
     for actual, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(actual[:, first:], reference[:, first:], rtol=1e-5, atol=1e-5)
 
@@ -467,7 +467,9 @@ def test_no_value_of_an_index_reaches_other_memory(where, launches):
         OPS.compress_mean(x.k_slc, *compression, cu_seqlens, "triton"),
     ]  # fmt: skip
     torch.autograd.grad(outputs, x[:-1], [torch.ones_like(o) for o in outputs])
-    assert launches.of("interval", "hopper") and launches.of("selection") and launches.of("compression")
+    assert (
+        launches.of("interval", "hopper", "hopper_backward") and launches.of("selection") and launches.of("compression")
+    )
 
 
 def test_auto_means_the_reference_on_the_cpu(launches):
@@ -489,7 +491,7 @@ def test_huge_scores_leave_gradients_finite(branch, launches):
     torch.testing.assert_close(o, expected, rtol=1e-3, atol=1e-3)
     assert all(grad.isfinite().all() for grad in grads)
     assert grads[2].abs().max() <= SMALL.t * SMALL.shape.h * 10
-    assert launches.of(branch.file, "hopper") > 0
+    assert launches.of(branch.file, "hopper", "hopper_backward") > 0
 
 
 def test_queries_behind_the_buffer_see_no_key_twice(launches):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_compile.custom_ops.kernels import hopper
+from nsa_compile.custom_ops.kernels import hopper, hopper_backward
 from nsa_compile.custom_ops.kernels.tiles import (
     LN2,
     LOG2E,
@@ -330,21 +330,24 @@ def interval_attention_backward(
     """
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
-    grad_q = q.new_empty(q.shape)
     if s == 0:
-        return grad_q.zero_(), k.new_empty(k.shape), v.new_empty(v.shape)
+        return q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     dq_tiles, dkv_tiles = tiles or backward_tiles(q, DK, DV)
     sizes = {"H": h, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
-    rows, keys, warps, stages = dq_tiles
-    _interval_bwd_dq_kernel[(triton.cdiv(t * h, rows), g, b)](
-        q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *intervals, grad_o, lse2, delta, grad_q, scale, t, n,
-        *strides, **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    if tiles is None and hopper_backward.sums_queries(q, d_k, d_v):
+        grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *intervals, None, 0, scale)
+    else:
+        grad_q = q.new_empty(q.shape)
+        rows, keys, warps, stages = dq_tiles
+        _interval_bwd_dq_kernel[(triton.cdiv(t * h, rows), g, b)](
+            q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *intervals, grad_o, lse2, delta, grad_q, scale,
+            t, n, *strides, **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     rows, keys, warps, stages = dkv_tiles
-    on_hopper = tiles is None and hopper.sums_keys(q, d_k, d_v, h, scale, listed=False)
+    on_hopper = tiles is None and hopper_backward.sums_keys(q, d_k, d_v, h, scale, listed=False)
     if on_hopper:
         rows, keys = hopper.ROWS, hopper.KEYS
     columns = triton.cdiv(s, keys)
@@ -354,7 +357,7 @@ def interval_attention_backward(
     grad_v = torch.empty(parts, *v.shape, dtype=v.dtype if whole else torch.float32, device=v.device)
     queries = intervals.of_keys(s)
     if on_hopper:
-        hopper.sum_keys(q, k, v, grad_o, lse2, delta, *intervals, grad_k, grad_v, scale, queries=queries)
+        hopper_backward.sum_keys(q, k, v, grad_o, lse2, delta, *intervals, grad_k, grad_v, scale, queries=queries)
     else:
         _interval_bwd_dkv_kernel[(columns, parts, g * b)](
             q, k, v, query_tiles(q, h, rows, DK), query_tiles(grad_o, h, rows, DV), *intervals, *queries,

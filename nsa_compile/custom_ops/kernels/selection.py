@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_compile.custom_ops.kernels import hopper
+from nsa_compile.custom_ops.kernels import hopper, hopper_backward
 from nsa_compile.custom_ops.kernels.tiles import (
     LN2,
     LOG2E,
@@ -38,6 +38,11 @@ class Places(NamedTuple):
 
     position: Tensor
     first: Tensor
+
+    def span(self) -> tuple[Tensor, Tensor]:
+        """Start and end of the keys up to each query: from key 0, as blocks keep to their sequence; none for none."""
+        end = torch.where(self.position < 0, 0, self.first + self.position + 1)
+        return torch.zeros_like(end), end
 
 
 def query_places(q: Tensor, s: int, q_start: Tensor | None, cu_seqlens: Tensor | None) -> Places:
@@ -438,13 +443,12 @@ def selected_attention(
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    on_hopper = tiles is None and h in (4, 8, 16, 32, 64) and l_sel % hopper.KEYS == 0 and hopper.takes(q, d_k, d_v)
+    on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper.takes(q, d_k, d_v)
     tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, max(DK, DV) * q.element_size())
     block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     if on_hopper:
-        end = torch.where(places.position < 0, 0, places.first + places.position + 1)
-        return hopper.attend(q, k, v, torch.zeros_like(end), end, (entries, counts), l_sel, scale)
+        return hopper.attend(q, k, v, *places.span(), (entries, counts), l_sel, scale)
     rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))[0]
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
         q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, o, lse,
@@ -473,26 +477,35 @@ def selected_attention_backward(
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    width, tokens = max(DK, DV), tile_tokens(h, max(DK, DV) * q.element_size())
+    width = max(DK, DV)
+    on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper_backward.sums_queries(q, d_k, d_v)
+    tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, width * q.element_size())
     dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width)[1], gather_tiles(q, h, l_sel, width))
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
     block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    rows, keys, warps, stages = dq_tiles
-    _selected_bwd_dq_kernel[(triton.cdiv(t, tokens), g, b)](
-        q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, grad_o, lse2, delta, grad_q,
-        scale, t, s, n, *strides, **sizes,
-        CAPACITY=entries.shape[3], TOKENS=tokens, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    if on_hopper:
+        unions = (entries, counts)
+        grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *places.span(), unions, l_sel, scale)
+    else:
+        grad_q = q.new_empty(q.shape)
+        rows, keys, warps, stages = dq_tiles
+        _selected_bwd_dq_kernel[(triton.cdiv(t, tokens), g, b)](
+            q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, grad_o, lse2, delta,
+            grad_q, scale, t, s, n, *strides, **sizes,
+            CAPACITY=entries.shape[3], TOKENS=tokens, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     max_blocks = triton.cdiv(s, l_sel) if cu_seqlens is None else s // l_sel + len(cu_seqlens)
     index = invert(block_indices, places, s, l_sel, max_blocks)
     items = len(index.bucket)
     sum_k, sum_v = (torch.empty(items, l_sel, x, dtype=torch.float32, device=q.device) for x in (d_k, d_v))
-    if tiles is None and l_sel % hopper.KEYS == 0 and hopper.sums_keys(q, d_k, d_v, h, scale, listed=True):
-        hopper.sum_keys(q, k, v, grad_o, lse2, delta, *places, sum_k, sum_v, scale, index=index, item=ITEM, l_sel=l_sel)
+    if tiles is None and l_sel % hopper.KEYS == 0 and hopper_backward.sums_keys(q, d_k, d_v, h, scale, listed=True):
+        hopper_backward.sum_keys(
+            q, k, v, grad_o, lse2, delta, *places, sum_k, sum_v, scale, index=index, item=ITEM, l_sel=l_sel
+        )
     else:
         rows, keys, warps, stages = dkv_tiles
         _selected_bwd_dkv_kernel[(items, triton.cdiv(l_sel, keys))](
