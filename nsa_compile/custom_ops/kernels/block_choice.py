@@ -182,7 +182,7 @@ def select_blocks(
     HP, bytes_per_row = padded(h, 1), DK * q.element_size()
     columns, keys = (128, 64) if bytes_per_row <= 256 else (64, 64) if bytes_per_row <= 512 else (16, 32)
     tokens = max(1, columns // HP)
-    is_aligned, tiles = cu_seqlens is None and keys % A == 0, key_tiles(k_cmp, keys, DK)
+    is_aligned, tiles = cu_seqlens is None and keys % A == 0, key_tiles(k_cmp, keys, DK) if c > 0 else None
     scratch = scratch or max(2**26, SCRATCH * b * t)
     chunks = list(_chunks(t, c, None if q_start is not None else d, tokens, keys, scratch // (4 * b * g)))
     most = max(triton.cdiv(size, tokens) * tokens * width for _, size, width in chunks)

@@ -384,8 +384,8 @@ def _store_keys(
 
 
 def sums_queries(q: Tensor, d_k: int, d_v: int) -> bool:
-    """Whether `sum_queries_kernel` runs on this device and takes these sizes."""
-    return takes(q, d_k, d_v) and tile_widths(d_k, d_v)[0] <= 128
+    """Whether `sum_queries_kernel` runs on this device, takes these sizes and is faster than the Triton kernels."""
+    return takes(q, d_k, d_v) and max(tile_widths(d_k, d_v)) == 128
 
 
 def sum_queries(
