@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.compression import compress_mean
+from nsa_compile.custom_ops.decode import runs_step
 from nsa_compile.custom_ops.nsa import op_branches
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_cu_seqlens, check_lengths, check_tensor
@@ -204,6 +205,9 @@ class NSAAttention(nn.Module):
 
         if layer is not None:
             layer.check_room(k_slc, lengths)
+            if runs_step(c.impl, q, v_slc, d=c.d, l_sel=c.l_sel):
+                o = self._step(layer, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lengths)
+                return self.out(rearrange(o, "b t n v -> b t (n v)"))
         positions = query_layout(x, None if layer is None else layer.positions, cu_seqlens).position
         q, k_slc = (apply_rope(y, positions, theta=c.rope_theta) for y in (q, k_slc))
         k_win = k_slc if c.tie_kv else apply_rope(k_win, positions, theta=c.rope_theta)
@@ -247,6 +251,26 @@ class NSAAttention(nn.Module):
 
     def _rotate_blocks(self, k_cmp: Tensor, block: Tensor) -> Tensor:
         return apply_rope(k_cmp, block * self.config.d + self.config.l - 1, theta=self.config.rope_theta)
+
+    def _step(
+        self, layer: "LayerCache", q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor,
+        k_win: Tensor, v_win: Tensor, gates: Tensor, count: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Mixed outputs of the branches for a few new tokens, through the kernels made for that; 0 for padding."""
+        c, buffers = self.config, layer.buffers
+        emitted: tuple[Tensor | None, ...] = (None, None)
+        if c.phi != "avg":
+            n = -(-q.shape[1] // c.d)
+            first = num_cmp_at(layer.positions - 1, l=c.l, d=c.d) * c.d
+            raw = (layer.recall(f"{x}_raw", y, first, (n - 1) * c.d + c.l) for x, y in (("k", k_cmp), ("v", v_cmp)))
+            emitted = tuple(phi(x).contiguous() for phi, x in zip((self.phi_k, self.phi_v), raw, strict=True))
+        o, _ = torch.ops.nsa_compile.decode_attention(
+            q, k_cmp, v_cmp, k_slc, v_slc, *((None, None) if c.tie_kv else (k_win, v_win)), *emitted, gates, count,
+            layer.positions, layer.nominal_reads, layer.actual_reads,
+            *(buffers.get(f"{x}_{branch}") for branch in ("cmp", "raw", "slc", "win") for x in "kv"),
+            c.l, c.d, c.l_sel, c.n_sel, c.w, c.init_blocks, c.local_blocks, c.rope_theta, c.d_k**-0.5,
+        )  # fmt: skip
+        return o
 
     def _extend_compressed(
         self, layer: "LayerCache", k: Tensor, v: Tensor, count: Tensor | None

@@ -140,13 +140,14 @@ def pretended_device(capability: int) -> Iterator[None]:
     with (
         mock.patch.object(Tensor, "is_cuda", True),
         mock.patch("torch.cuda.get_device_capability", lambda device=None: divmod(capability, 10)),
+        mock.patch("torch.cuda.get_device_properties", lambda device=None: mock.Mock(multi_processor_count=132)),
     ):
         yield
 
 
 def every_launch(config: Config) -> list[Launch]:
-    """All kernels of a forward and a backward of every op."""
-    from nsa_compile.custom_ops.kernels import block_choice, compression, gating, interval, selection
+    """All kernels of a forward and a backward of every op, and of a decode step."""
+    from nsa_compile.custom_ops.kernels import block_choice, compression, decode, gating, interval, selection
 
     _, h, d_k, d_v, dtype, packed = config
     t, g, l, d, l_sel, n_sel, scale = 256, 2, 32, 16, 64, 8, 0.1
@@ -157,6 +158,9 @@ def every_launch(config: Config) -> list[Launch]:
     k_cmp, v_cmp = k[:, :c].contiguous(), v[:, :c].contiguous()
     blocks = torch.zeros(1, t, g, n_sel, dtype=torch.int32)
     gates = torch.zeros(1, t, g * h, 3, dtype=dtype)
+    one, some = torch.zeros(1, dtype=torch.int32), torch.zeros(1, g, 4, dtype=torch.int64)
+    new = (x[:, :1] for x in (q, k, v, k, v, k, v))
+    caches = (k_cmp, v_cmp, k[:, :39].contiguous(), v[:, :39].contiguous(), k, v, k[:, :71].contiguous(), v[:, :71])
 
     def run() -> None:
         compression.compress_mean(k, l, d, cu)
@@ -169,6 +173,26 @@ def every_launch(config: Config) -> list[Launch]:
         selection.selected_attention_backward(o, lse, o, lse, q, k, v, blocks, l_sel, None, cu, scale)
         gating.gated_sum(o, o, o, gates)
         gating.gated_sum_backward(o, o, o, o, gates)
+        decode.decode_attention(
+            *new,
+            None,
+            None,
+            gates[:, :1],
+            None,
+            one,
+            some[:, 0],
+            some,
+            *caches,
+            l,
+            d,
+            l_sel,
+            n_sel,
+            64,
+            1,
+            2,
+            1e4,
+            scale,
+        )
 
     with pretended_device(config.capability):
         return record_launches(run)

@@ -9,6 +9,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from nsa_compile.custom_ops.dispatch import resolve_impl
+
 
 @torch.library.custom_op("nsa_compile::cache_append", mutates_args=("buffer",))
 def cache_append(buffer: Tensor, new: Tensor, positions: Tensor, count: Optional[Tensor], ring: bool) -> None:
@@ -55,3 +57,54 @@ def cache_recall(buffer: Tensor, new: Tensor, positions: Tensor, first: Tensor, 
 @cache_recall.register_fake
 def _(buffer, new, positions, first, length):
     return buffer.new_empty(buffer.shape[0], length, *buffer.shape[2:])
+
+
+STEP = 8
+"""Tokens per row that one step of `decode_attention` takes at most."""
+
+
+def runs_step(impl: str, q: Tensor, v: Tensor, *, d: int, l_sel: int) -> bool:
+    """Whether `decode_attention` takes a step of queries q [b, t, n, d_k] with values v [b, t, g, d_v]."""
+    fits = q.shape[1] <= STEP and l_sel // d <= 64
+    width = max(q.shape[-1], v.shape[-1])
+    return fits and resolve_impl("decode_attention", impl, q.device, q.dtype, width).impl == "triton"
+
+
+@torch.library.custom_op(
+    "nsa_compile::decode_attention",
+    mutates_args=(
+        "positions", "nominal_reads", "actual_reads", "cached_k_cmp", "cached_v_cmp", "k_raw", "v_raw",
+        "cached_k_slc", "cached_v_slc", "cached_k_win", "cached_v_win",
+    ),
+)  # fmt: skip
+def decode_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Optional[Tensor],
+    v_win: Optional[Tensor], k_emitted: Optional[Tensor], v_emitted: Optional[Tensor], gates: Tensor,
+    count: Optional[Tensor], positions: Tensor, nominal_reads: Tensor, actual_reads: Tensor,
+    cached_k_cmp: Tensor, cached_v_cmp: Tensor, k_raw: Tensor, v_raw: Tensor, cached_k_slc: Tensor,
+    cached_v_slc: Tensor, cached_k_win: Optional[Tensor], cached_v_win: Optional[Tensor],
+    l: int, d: int, l_sel: int, n_sel: int, w: int, init_blocks: int, local_blocks: int, theta: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A layer's attention for t <= STEP new tokens per row, appended to its caches on the way (Triton kernels only).
+
+    q [b, t, n, d_k], keys and values [b, t, g, *] of the new tokens, none of them rotated; gates [b, t, n, 3]; `count`
+    int32 [b] of them are taken, default all. k_emitted, v_emitted [b, ceil(t / d), g, *] are φ of the blocks from the
+    first incomplete one on, default their means. The window's are None where it shares the selection's keys and values.
+    Returns o [b, t, n, d_v], 0 for tokens not taken, and the chosen blocks int32 [b, t, g, n_sel].
+    """
+    from nsa_compile.custom_ops.kernels import decode
+
+    with torch.cuda.device_of(q):
+        return decode.decode_attention(
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, k_emitted, v_emitted, gates, count,
+            positions, nominal_reads, actual_reads, cached_k_cmp, cached_v_cmp, k_raw, v_raw,
+            cached_k_slc, cached_v_slc, cached_k_win, cached_v_win,
+            l, d, l_sel, n_sel, w, init_blocks, local_blocks, theta, scale,
+        )  # fmt: skip
+
+
+@decode_attention.register_fake
+def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, k_emitted, v_emitted, gates, count, *rest):
+    n_sel = rest[-6]
+    blocks = q.new_empty(*q.shape[:2], k_slc.shape[2], n_sel, dtype=torch.int32)
+    return q.new_empty(*q.shape[:3], v_slc.shape[-1]), blocks

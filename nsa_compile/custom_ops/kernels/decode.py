@@ -1,0 +1,489 @@
+"""A decode step of up to 8 tokens per row over static caches, in six launches, none of which knows a length.
+
+Append (rotate q and keys, write every cache, emit the compressed tokens that are due) | scan the compressed tokens and
+the window in splits | scores of blocks | choice | attend to the chosen blocks in splits | merge splits and branches.
+Row b holds positions[b] tokens before the step and `count[b]` <= t more after it. Buffers are contiguous
+[b, length, g, channels], token p at index p % length. LSEs are in base 2.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_compile.custom_ops.kernels.block_choice import choose_blocks
+from nsa_compile.custom_ops.kernels.tiles import (
+    LOG2E,
+    dot,
+    finite,
+    gather_rows,
+    is_finite,
+    padded,
+    row_major,
+    scatter_rows,
+)
+
+
+class Splits(NamedTuple):
+    """Programs that share the keys of one row and group, per branch."""
+
+    cmp: int
+    win: int
+    slc: int
+
+
+@triton.jit
+def _tokens_of_row(positions, count, b, capacity, T: tl.constexpr, HAS_COUNT: tl.constexpr):
+    """Tokens that a row holds before the step, and how many of the T new ones it takes."""
+    held = tl.minimum(tl.maximum(tl.load(positions + b), 0), capacity)
+    new = tl.maximum(tl.load(count + b), 0) if HAS_COUNT else T
+    return held, tl.minimum(tl.minimum(new, T), capacity - held)
+
+
+@triton.jit
+def _num_cmp(tokens, L: tl.constexpr, D: tl.constexpr):
+    return tl.where(tokens >= L, (tokens - L) // D + 1, 0)
+
+
+@triton.jit
+def _rotate(first, second, position, LOG2_THETA: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """RoPE of halves [rows, HALF] of rows of WIDTH channels; the turns are counted in fp64 and their fraction kept."""
+    i = tl.arange(0, HALF).to(tl.float64)
+    frequency = tl.exp2(i * (-2.0 / WIDTH * LOG2_THETA)) * 0.15915494309189535
+    turns = position.to(tl.float64)[:, None] * frequency[None, :]
+    angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _copy_rotated(
+    source, target, read, write, live, position, LOG2_THETA: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr
+):
+    """Rotate rows at the offsets `read` of source to the offsets `write` of target, both int64 [rows]."""
+    first = gather_rows(source, read, 0 * read, live, 1, WIDTH // 2, HALF).to(tl.float32)
+    second = gather_rows(source + WIDTH // 2, read, 0 * read, live, 1, WIDTH // 2, HALF).to(tl.float32)
+    first, second = _rotate(first, second, position, LOG2_THETA, WIDTH, HALF)
+    scatter_rows(target, first, write, 0 * write, live, 1, WIDTH // 2, HALF)
+    scatter_rows(target + WIDTH // 2, second, write, 0 * write, live, 1, WIDTH // 2, HALF)
+
+
+@triton.jit
+def _mean_of_block(
+    new, ring, first, held, live, new_t, ring_s, length, L: tl.constexpr, LP: tl.constexpr,
+    WIDTH: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Mean [1, COLS] of the tokens first … first + L - 1, of which those from `held` on are new."""
+    token = first + tl.arange(0, LP)
+    inside = live & (tl.arange(0, LP) < L)
+    old = gather_rows(ring, token % length, 0 * token, inside & (token < held), ring_s, WIDTH, COLS)
+    fresh = gather_rows(new, token - held, 0 * token, inside & (token >= held), new_t, WIDTH, COLS)
+    return (tl.sum(old.to(tl.float32) + fresh.to(tl.float32), 0) / L).to(ring.dtype.element_ty).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _decode_append_kernel(
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, k_emitted, v_emitted, count, positions,
+    cached_k_cmp, cached_v_cmp, k_raw, v_raw, cached_k_slc, cached_v_slc, cached_k_win, cached_v_win, rotated,
+    capacity, slots, tail, ring, n, n_groups, q_b, q_t, q_n, kc_b, kc_t, kc_g, vc_b, vc_t, vc_g,
+    ks_b, ks_t, ks_g, vs_b, vs_t, vs_g, kw_b, kw_t, kw_g, vw_b, vw_t, vw_g,
+    T: tl.constexpr, TP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
+    D: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, HALF: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
+    LOG2_THETA: tl.constexpr, HAS_COUNT: tl.constexpr, EMITTED: tl.constexpr,
+):  # fmt: skip
+    """q rotated to `rotated` [b, T, n, D_K], or one branch's keys and values to its cache, by program_id(0).
+
+    With EMITTED, φ of the blocks due is given [b, ceil(T / D), g, *], else it is the mean.
+    """
+    part, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    i = tl.arange(0, TP)
+    live, position = i < new, held + i
+    if part == 0:
+        head = tl.arange(0, HP)
+        for token in tl.range(0, new):
+            read = b * q_b + token * q_t + (g * H + head) * q_n
+            write = ((b * T + token) * n + g * H + head) * D_K
+            _copy_rotated(q, rotated, read, write, head < H, held + token + 0 * head, LOG2_THETA, D_K, HALF)
+    elif part == 1:
+        at = (b * capacity + position) * n_groups + g
+        read = b * ks_b + i * ks_t + g * ks_g
+        _copy_rotated(k_slc, cached_k_slc, read, at * D_K, live, position, LOG2_THETA, D_K, HALF)
+        value = gather_rows(v_slc + b * vs_b + g * vs_g, i, 0 * i, live, vs_t, D_V, DV)
+        scatter_rows(cached_v_slc, value, at, 0 * i, live, D_V, D_V, DV)
+    elif part == 2:
+        k_cmp += b * kc_b + g * kc_g
+        v_cmp += b * vc_b + g * vc_g
+        at = (b * tail + position % tail) * n_groups + g
+        scatter_rows(k_raw, gather_rows(k_cmp, i, 0 * i, live, kc_t, D_K, DK), at, 0 * i, live, D_K, D_K, DK)
+        scatter_rows(v_raw, gather_rows(v_cmp, i, 0 * i, live, vc_t, D_V, DV), at, 0 * i, live, D_V, D_V, DV)
+        k_ring, v_ring = k_raw + (b * tail * n_groups + g) * D_K, v_raw + (b * tail * n_groups + g) * D_V
+        due = _num_cmp(held, L, D)
+        for j in tl.static_range((T + D - 1) // D):
+            block = due + j
+            complete = (block * D + L <= held + new) & (block < slots) & (new > 0)
+            one = tl.arange(0, 1)
+            some = complete & (one == 0)
+            if EMITTED:
+                k_at = ((b * ((T + D - 1) // D) + j) * n_groups + g) * D_K + one
+                first = gather_rows(k_emitted, k_at, 0 * one, some, 1, D_K // 2, HALF).to(tl.float32)
+                second = gather_rows(k_emitted + D_K // 2, k_at, 0 * one, some, 1, D_K // 2, HALF).to(tl.float32)
+                v_at = ((b * ((T + D - 1) // D) + j) * n_groups + g) * D_V + one
+                emitted_v = gather_rows(v_emitted, v_at, 0 * one, some, 1, D_V, DV)
+            else:
+                first = _mean_of_block(
+                    k_cmp, k_ring, block * D, held, complete, kc_t, n_groups * D_K, tail, L, LP, D_K // 2, HALF
+                )
+                second = _mean_of_block(
+                    k_cmp + D_K // 2, k_ring + D_K // 2, block * D, held, complete, kc_t, n_groups * D_K, tail, L, LP,
+                    D_K // 2, HALF,
+                )  # fmt: skip
+                emitted_v = _mean_of_block(
+                    v_cmp, v_ring, block * D, held, complete, vc_t, n_groups * D_V, tail, L, LP, D_V, DV
+                )
+            first, second = _rotate(first, second, block * D + L - 1 + one, LOG2_THETA, D_K, HALF)
+            out = (b * slots + block) * n_groups + g + one
+            scatter_rows(cached_k_cmp, first, out, 0 * one, some, D_K, D_K // 2, HALF)
+            scatter_rows(cached_k_cmp + D_K // 2, second, out, 0 * one, some, D_K, D_K // 2, HALF)
+            scatter_rows(cached_v_cmp, emitted_v, out, 0 * one, some, D_V, D_V, DV)
+    else:
+        at = (b * ring + position % ring) * n_groups + g
+        read = b * kw_b + i * kw_t + g * kw_g
+        _copy_rotated(k_win, cached_k_win, read, at * D_K, live, position, LOG2_THETA, D_K, HALF)
+        value = gather_rows(v_win + b * vw_b + g * vw_g, i, 0 * i, live, vw_t, D_V, DV)
+        scatter_rows(cached_v_win, value, at, 0 * i, live, D_V, D_V, DV)
+
+
+@triton.jit
+def _attend_tile(acc, top, total, q, k, v, seen, scale2, CAREFUL: tl.constexpr):
+    """One step of the online softmax over a tile of keys, of which `seen` bool [rows, keys] are seen.
+
+    Returns acc, top, total, and of this tile `exp2(scores - highest)` with the highest score of each row. If CAREFUL,
+    NaN in values that some rows do not see is kept from these.
+    """
+    scores = tl.where(seen, dot(q, tl.trans(k)) * scale2, float("-inf"))
+    highest = tl.max(scores, 1)
+    p = tl.exp2(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+    new_top = tl.maximum(top, highest)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    decay, share = tl.exp2(top - base), tl.exp2(highest - base)
+    total = total * decay + tl.sum(p, 1) * share
+    if CAREFUL:
+        p = tl.where(seen, p, 0.0)
+        broken = tl.max(tl.where(seen, tl.max(tl.where(is_finite(v), 0, 1), 1)[None, :], 0), 1)
+        v = finite(v)
+        acc = tl.where(broken[:, None] > 0, float("nan"), acc)
+    acc = acc * decay[:, None] + dot(p.to(v.dtype), v) * share[:, None]
+    return acc, new_top, total, p, highest
+
+
+@triton.jit
+def _store_part(
+    part_o, part_lse, acc, top, total, slot, inside, split, SPLITS: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr
+):
+    """Store attention [rows, DV] and LSE of one split of the rows at `slot` int64 [rows]; no output where no key is."""
+    at = slot * SPLITS + split
+    some = total != 0.0
+    scatter_rows(part_o, acc / tl.where(some, total, 1.0)[:, None], at, 0 * at, inside & some, D_V, D_V, DV)
+    tl.store(part_lse + at, tl.where(some, top + tl.log2(total), float("-inf")), mask=inside)
+
+
+@triton.jit
+def _decode_scan_kernel(
+    q, k_cmp, v_cmp, k_win, v_win, count, positions, folded, spilled, tops, part_o, part_lse, scale2,
+    capacity, slots, ring, n, n_groups,
+    T: tl.constexpr, H: tl.constexpr, L: tl.constexpr, D: tl.constexpr, W: tl.constexpr, A: tl.constexpr,
+    AP: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROW_TILES: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    """One split of the compressed tokens or, from SPLIT_CMP on, of the window, for BM rows (token * H + head).
+
+    A tile of compressed tokens is those that begin in BLOCKS selection blocks. `exp2(scores - tops[tile])`, summed over
+    them with their overlap with their own block, goes to `folded`, with that with the next block to `spilled`, both
+    fp32 [b, T, n, TILES * BLOCKS].
+    """
+    split, g, b = tl.program_id(0), tl.program_id(1) // ROW_TILES, tl.program_id(2).to(tl.int64)
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    row = tl.program_id(1) % ROW_TILES * BM + tl.arange(0, BM)
+    token, head = row // H, g * H + row % H
+    live, own = token < new, held + token
+    slot = (b * T + token) * n + head
+    q_tile = gather_rows(q, slot, 0 * slot, live, D_K, D_K, DK)
+    acc = tl.zeros([BM, DV], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    if split < SPLIT_CMP:
+        k_cmp += (b * slots * n_groups + g) * D_K
+        v_cmp += (b * slots * n_groups + g) * D_V
+        visible = tl.where(live, _num_cmp(own + 1, L, D), 0)
+        most = tl.minimum(tl.max(visible, 0), slots)
+        tiles = tl.cdiv(most, BLOCKS * A)
+        share = tl.cdiv(tiles, SPLIT_CMP)
+        r = tl.arange(0, BLOCKS * AP) % AP
+        inside = tl.arange(0, BLOCKS * AP) // AP * A + r
+        own_block = tl.where(r < A, tl.minimum(A - r, M), 0)
+        next_block = tl.where(r < A, M - own_block, 0)
+        for tile in tl.range(split * share, tl.minimum((split + 1) * share, tiles)):
+            i = tile * (BLOCKS * A) + inside
+            ok = (r < A) & (i < most)
+            k_tile = gather_rows(k_cmp, i, 0 * i, ok, n_groups * D_K, D_K, DK)
+            v_tile = gather_rows(v_cmp, i, 0 * i, ok, n_groups * D_V, D_V, DV)
+            seen = ok[None, :] & (i[None, :] < visible[:, None])
+            acc, top, total, p, highest = _attend_tile(acc, top, total, q_tile, k_tile, v_tile, seen, scale2, T > 1)
+            at = slot[:, None] * (TILES * BLOCKS) + (tile * BLOCKS + tl.arange(0, BLOCKS))[None, :]
+            sums = tl.sum((p * own_block[None, :]).reshape(BM, BLOCKS, AP), 2)
+            tl.store(folded + at, sums, mask=live[:, None])
+            if M > 1:
+                sums = tl.sum((p * next_block[None, :]).reshape(BM, BLOCKS, AP), 2)
+                tl.store(spilled + at, sums, mask=live[:, None])
+            tl.store(tops + slot * TILES + tile, highest, mask=live)
+    else:
+        k_win += (b * ring * n_groups + g) * D_K
+        v_win += (b * ring * n_groups + g) * D_V
+        SHARE: tl.constexpr = ((W + T - 1 + BN - 1) // BN + SPLIT_WIN - 1) // SPLIT_WIN * BN
+        first = tl.maximum(held - W + 1, 0) + (split - SPLIT_CMP) * SHARE
+        end = held + new
+        for key in tl.range(first, tl.minimum(first + SHARE, end), BN):
+            key += tl.arange(0, BN)
+            k_tile = gather_rows(k_win, key % ring, 0 * key, key < end, n_groups * D_K, D_K, DK)
+            v_tile = gather_rows(v_win, key % ring, 0 * key, key < end, n_groups * D_V, D_V, DV)
+            seen = live[:, None] & (key[None, :] <= own[:, None]) & (key[None, :] > own[:, None] - W)
+            acc, top, total, _, _ = _attend_tile(acc, top, total, q_tile, k_tile, v_tile, seen, scale2, T > 1)
+    _store_part(part_o, part_lse, acc, top, total, slot, token < T, split, SPLITS, D_V, DV)
+
+
+@triton.jit
+def _decode_scores_kernel(
+    folded, spilled, tops, part_lse, scores, count, positions, capacity, n, n_groups, width,
+    T: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, L: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
+    M: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, BJ: tl.constexpr, SPLIT_CMP: tl.constexpr,
+    SP: tl.constexpr, SPLITS: tl.constexpr, HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    """Scores fp32 [b, T, g, width] of blocks: probabilities summed over a group's heads."""
+    g, b, token = tl.program_id(1), (tl.program_id(2) // T).to(tl.int64), tl.program_id(2) % T
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    own = held + token
+    block = tl.program_id(0) * BJ + tl.arange(0, BJ)
+    if (token < new) & (tl.program_id(0) * BJ * (A * D) <= own):
+        tiles = tl.cdiv(_num_cmp(own + 1, L, D), BLOCKS * A)
+        head = tl.arange(0, HP)
+        slot = (b * T + token) * n + g * H + head
+        split = tl.arange(0, SP)[None, :]
+        there = (head[:, None] < H) & (split < SPLIT_CMP)
+        lse = tl.load(part_lse + slot[:, None] * SPLITS + split, mask=there, other=float("-inf"))
+        highest = tl.max(lse, 1)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        lse = highest + tl.log2(tl.sum(tl.exp2(lse - highest[:, None]), 1))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        total = tl.zeros([HP, BJ], tl.float32)
+        for back in tl.static_range(2 if M > 1 else 1):
+            j = block - back
+            there = (head[:, None] < H) & ((j >= 0) & (j < tiles * BLOCKS))[None, :]
+            top = tl.load(tops + slot[:, None] * TILES + j[None, :] // BLOCKS, mask=there, other=float("-inf"))
+            sums = folded if back == 0 else spilled
+            value = tl.load(sums + slot[:, None] * (TILES * BLOCKS) + j[None, :], mask=there, other=0.0)
+            total += value * tl.exp2(tl.minimum(top - lse[:, None], 0.0))
+        tl.store(scores + ((b * T + token) * n_groups + g) * width + block, tl.sum(total, 0), mask=block < width)
+
+
+@triton.jit
+def _decode_choice_kernel(
+    scores, block_indices, nominal_reads, actual_reads, count, positions, capacity, n_groups, width,
+    T: tl.constexpr, L: tl.constexpr, D: tl.constexpr, L_SEL: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, W: tl.constexpr, TEAMS: tl.constexpr, TEAM: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    """The blocks of one query and group; the last query of a row also counts its reads, 0 where the row is idle."""
+    token, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    own = held + token
+    last = tl.where(token < new, own // L_SEL, -1)
+    at = (b * T + token) * n_groups + g
+    chosen = choose_blocks(
+        scores + at * width, 0, last, block_indices + at * N, N, NP, 0, 1, 1, INIT, LOCAL, True, TEAMS, TEAM
+    )
+    if token == tl.maximum(new - 1, 0):
+        size = tl.minimum(own + 1 - chosen * L_SEL, L_SEL)
+        branch = tl.arange(0, 4)
+        cmp, win = _num_cmp(own + 1, L, D), tl.minimum(own + 1, W)
+        slc = tl.sum(tl.where(chosen >= 0, size, 0), 0)
+        actual = tl.where(branch == 0, cmp, tl.where(branch == 1, slc, tl.where(branch == 2, win, cmp + slc + win)))
+        tl.store(actual_reads + (b * n_groups + g) * 4 + branch, tl.where(new > 0, actual, 0).to(tl.int64))
+        slc = N * L_SEL
+        nominal = tl.where(branch == 0, cmp, tl.where(branch == 1, slc, tl.where(branch == 2, win, cmp + slc + win)))
+        mask = (branch >= 0) & (g == 0)
+        tl.store(nominal_reads + b * 4 + branch, tl.where(new > 0, nominal, 0).to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _decode_selected_kernel(
+    q, k, v, block_indices, count, positions, part_o, part_lse, scale2, capacity, n, n_groups,
+    T: tl.constexpr, H: tl.constexpr, L_SEL: tl.constexpr, N: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FIRST_SPLIT: tl.constexpr,
+    SPLIT_SLC: tl.constexpr, SPLITS: tl.constexpr, HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    """One split of the chosen blocks of one query and group; the heads are the rows."""
+    split, g = tl.program_id(0), tl.program_id(1)
+    b, token = (tl.program_id(2) // T).to(tl.int64), tl.program_id(2) % T
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    own = held + token
+    head = tl.arange(0, BM)
+    live = (head < H) & (token < new)
+    slot = (b * T + token) * n + g * H + head
+    q_tile = gather_rows(q, slot, 0 * slot, live, D_K, D_K, DK)
+    k += (b * capacity * n_groups + g) * D_K
+    v += (b * capacity * n_groups + g) * D_V
+    block_indices += ((b * T + token) * n_groups + g) * N
+    acc = tl.zeros([BM, DV], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    SHARE: tl.constexpr = (N + SPLIT_SLC - 1) // SPLIT_SLC
+    PIECES: tl.constexpr = (L_SEL + BN - 1) // BN
+    for i in tl.range(split * SHARE * PIECES, tl.minimum((split + 1) * SHARE, N) * PIECES):
+        block = tl.load(block_indices + i // PIECES)
+        inside = i % PIECES * BN + tl.arange(0, BN)
+        key = block * L_SEL + inside
+        ok = (block >= 0) & (inside < L_SEL) & (key <= own) & (token < new)
+        k_tile = gather_rows(k, key, 0 * key, ok, n_groups * D_K, D_K, DK)
+        v_tile = gather_rows(v, key, 0 * key, ok, n_groups * D_V, D_V, DV)
+        seen = ok[None, :] & live[:, None]
+        acc, top, total, _, _ = _attend_tile(acc, top, total, q_tile, k_tile, v_tile, seen, scale2, False)
+    _store_part(part_o, part_lse, acc, top, total, slot, head < H, FIRST_SPLIT + split, SPLITS, D_V, DV)
+
+
+@triton.jit
+def _decode_merge_kernel(
+    part_o, part_lse, gates, o, count, positions, capacity, n, g_b, g_t, g_n, g_c,
+    T: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr,
+    SPLITS: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr, HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    """o = sum of the branches' gates * attention, merged over their splits; the first program of a row moves it on."""
+    head, b, token = tl.program_id(0), (tl.program_id(1) // T).to(tl.int64), tl.program_id(1) % T
+    slot = (b * T + token) * n + head
+    gates += b * g_b + token * g_t + head * g_n
+    g_cmp, g_slc = tl.load(gates).to(tl.float32), tl.load(gates + g_c).to(tl.float32)
+    g_win = tl.load(gates + 2 * g_c).to(tl.float32)
+    split = tl.arange(0, SP)
+    lse = tl.load(part_lse + slot * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+    is_cmp, is_slc = split < SPLIT_CMP, split >= SPLIT_CMP + SPLIT_WIN
+    lse_cmp = _merged_lse(tl.where(is_cmp, lse, float("-inf")))
+    lse_win = _merged_lse(tl.where(is_cmp | is_slc, float("-inf"), lse))
+    lse_slc = _merged_lse(tl.where(is_slc, lse, float("-inf")))
+    out = tl.zeros([DV], tl.float32)
+    col = tl.arange(0, DV)
+    for first in tl.static_range(0, SPLITS, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        lse = tl.load(part_lse + slot * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+        is_cmp, is_slc = split < SPLIT_CMP, split >= SPLIT_CMP + SPLIT_WIN
+        whole = tl.where(is_cmp, lse_cmp, tl.where(is_slc, lse_slc, lse_win))
+        gate = tl.where(is_cmp, g_cmp, tl.where(is_slc, g_slc, g_win))
+        some = lse != float("-inf")
+        weight = tl.where(some, tl.exp2(lse - whole) * gate, 0.0)
+        at = part_o + (slot * SPLITS + split)[:, None] * D_V + col[None, :]
+        value = tl.load(at, mask=some[:, None] & (col < D_V)[None, :], other=0.0)
+        out += tl.sum(value * weight[:, None], 0)
+    tl.store(o + slot * D_V + col, out.to(o.dtype.element_ty), mask=col < D_V)
+    if (head == 0) & (token == 0):  # no other program of this launch looks at the positions
+        held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+        tl.store(positions + b, (held + new).to(tl.int32))
+
+
+@triton.jit
+def _merged_lse(lse):
+    """LSE of the LSEs of splits; +inf where all are -inf, so that their weights are 0."""
+    top = tl.max(lse, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return tl.where(top == float("-inf"), float("inf"), base + tl.log2(tl.sum(tl.exp2(lse - base), 0)))
+
+
+def share_keys(q: Tensor, row_tiles: int, g: int, tiles: int, window_tiles: int, n_sel: int) -> Splits:
+    """Splits that fill the device: about four programs of the scan, two of the selected blocks a multiprocessor."""
+    b, t = q.shape[:2]
+    units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    per_group, per_token = b * g * row_tiles, b * t * g
+    cmp = max(1, min(tiles, 128, 4 * units // per_group))
+    win = max(1, min(window_tiles, units // per_group))
+    return Splits(cmp, win, max(1, min(n_sel, 2 * units // per_token)))
+
+
+def decode_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor | None, v_win: Tensor | None,
+    k_emitted: Tensor | None, v_emitted: Tensor | None, gates: Tensor, count: Tensor | None,
+    positions: Tensor, nominal_reads: Tensor, actual_reads: Tensor, cached_k_cmp: Tensor, cached_v_cmp: Tensor,
+    k_raw: Tensor, v_raw: Tensor, cached_k_slc: Tensor, cached_v_slc: Tensor,
+    cached_k_win: Tensor | None, cached_v_win: Tensor | None,
+    l: int, d: int, l_sel: int, n_sel: int, w: int, init_blocks: int, local_blocks: int, theta: float, scale: float,
+    splits: Splits | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step: o [b, t, n, d_v] and block_indices int32 [b, t, g, n_sel]; caches, positions and reads move on."""
+    (b, t, n, d_k), (g, d_v) = q.shape, v_slc.shape[2:]
+    capacity, slots, tail = cached_k_slc.shape[1], cached_k_cmp.shape[1], k_raw.shape[1]
+    h, DK, DV, HALF = n // g, padded(d_k), padded(d_v), padded(d_k // 2)
+    A, M, AP = l_sel // d, l // d, padded(l_sel // d, 1)
+    keys = max(AP, 64 if max(DK, DV) * q.element_size() <= 256 else 32)
+    blocks, window_keys = keys // AP, min(keys, 64)
+    tiles, window_tiles = triton.cdiv(slots, blocks * A), triton.cdiv(w + t - 1, window_keys)
+    rows = min(64, padded(t * h))
+    row_tiles, width = triton.cdiv(t * h, rows), triton.cdiv(capacity, l_sel)
+    splits = splits or share_keys(q, row_tiles, g, tiles, window_tiles, n_sel)
+    total = sum(splits)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=q.device)
+
+    q, k_cmp, v_cmp, k_slc, v_slc = (row_major(x) for x in (q, k_cmp, v_cmp, k_slc, v_slc))
+    tied = k_win is None
+    if k_win is None or v_win is None or cached_k_win is None or cached_v_win is None:
+        k_win, v_win, cached_k_win, cached_v_win = k_slc, v_slc, cached_k_slc, cached_v_slc
+    k_win, v_win, ring = row_major(k_win), row_major(v_win), cached_k_win.shape[1]
+    where = {"T": t, "HAS_COUNT": count is not None}
+    counts = positions if count is None else count
+    rotated, o = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(b, t, n, d_v)
+    block_indices = torch.empty(b, t, g, n_sel, dtype=torch.int32, device=q.device)
+    folded, tops, scores = empty(b, t, n, tiles * blocks), empty(b, t, n, tiles), empty(b, t, g, width)
+    spilled = torch.empty_like(folded) if M > 1 else folded
+    part_o, part_lse = empty(b, t, n, total, d_v), empty(b, t, n, total)
+    strides = (y for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) for y in x.stride()[:3])
+    _decode_append_kernel[(3 if tied else 4, g, b)](
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, *((k_cmp, v_cmp) if k_emitted is None else (k_emitted, v_emitted)),
+        counts, positions, cached_k_cmp, cached_v_cmp, k_raw, v_raw, cached_k_slc, cached_v_slc,
+        cached_k_win, cached_v_win, rotated, capacity, slots, tail, ring, n, g, *strides,
+        TP=padded(t, 1), H=h, HP=padded(h, 1), L=l, LP=padded(l, 1), D=d, D_K=d_k, D_V=d_v, HALF=HALF, DV=DV, DK=DK,
+        LOG2_THETA=math.log2(theta), EMITTED=k_emitted is not None, **where, num_warps=4,
+    )  # fmt: skip
+    sizes = {"D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
+    scale2 = scale * LOG2E.value
+    _decode_scan_kernel[(splits.cmp + splits.win, g * row_tiles, b)](
+        rotated, cached_k_cmp, cached_v_cmp, cached_k_win, cached_v_win, counts, positions, folded, spilled, tops,
+        part_o, part_lse, scale2, capacity, slots, ring, n, g,
+        H=h, L=l, D=d, W=w, A=A, AP=AP, M=M, BLOCKS=blocks, TILES=tiles, BM=rows, BN=window_keys, ROW_TILES=row_tiles,
+        SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, **sizes, **where, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _decode_scores_kernel[(triton.cdiv(width, 64), g, b * t)](
+        folded, spilled, tops, part_lse, scores, counts, positions, capacity, n, g, width,
+        H=h, HP=padded(h, 1), L=l, D=d, A=A, M=M, BLOCKS=blocks, TILES=tiles, BJ=64, SPLIT_CMP=splits.cmp,
+        SP=padded(splits.cmp, 1), SPLITS=total, **where, num_warps=4,
+    )  # fmt: skip
+    teams = min(4096, padded(triton.cdiv(width, 4), 32))
+    _decode_choice_kernel[(t, g, b)](
+        scores, block_indices, nominal_reads, actual_reads, counts, positions, capacity, g, width,
+        L=l, D=d, L_SEL=l_sel, N=n_sel, NP=padded(n_sel, 1), INIT=init_blocks, LOCAL=local_blocks, W=w, TEAMS=teams,
+        TEAM=padded(triton.cdiv(width, teams), 2), **where, num_warps=min(8, max(1, teams // 512)),
+    )  # fmt: skip
+    _decode_selected_kernel[(splits.slc, g, b * t)](
+        rotated, cached_k_slc, cached_v_slc, block_indices, counts, positions, part_o, part_lse, scale2, capacity, n, g,
+        H=h, L_SEL=l_sel, N=n_sel, BM=padded(h), BN=min(padded(l_sel), window_keys),
+        FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SPLITS=total, **sizes, **where,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _decode_merge_kernel[(n, b * t)](
+        part_o, part_lse, gates, o, counts, positions, capacity, n, *gates.stride(),
+        D_V=d_v, DV=DV, SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, SP=padded(total, 1),
+        CHUNK=min(32, padded(total, 1)), **where, num_warps=4,
+    )  # fmt: skip
+    return o, block_indices

@@ -1,0 +1,135 @@
+"""Steps of up to 8 tokens over a cache: the kernels against the same layer on the reference, buffer by buffer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launches import Launches, find_kernels, watch
+from torch import Tensor
+
+from nsa_compile import NSAAttention, NSACache
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+BASE = {
+    "dim": 24, "n_heads": 6, "n_kv_groups": 2, "d_k": 12, "d_v": 10, "l": 8, "d": 4, "l_sel": 16, "n_sel": 4, "w": 20,
+}  # fmt: skip
+SIZES = {
+    "base": {},
+    "tied": {"tie_kv": True},
+    "mlp": {"phi": "mlp"},
+    "sigmoid": {"gate": "sigmoid"},
+    "three-strides": {"l_sel": 12, "n_sel": 5, "init_blocks": 0, "local_blocks": 1},
+    "one-token-blocks": {"l": 1, "d": 1, "l_sel": 4, "n_sel": 6},
+    "long-blocks": {"l": 16, "d": 2, "l_sel": 16},
+    "one-head": {"n_heads": 1, "n_kv_groups": 1},
+    "all-forced": {"n_sel": 3},
+}
+
+
+@pytest.fixture
+def launches(monkeypatch) -> Launches:
+    return watch(monkeypatch)
+
+
+def make_layers(**changes) -> tuple[NSAAttention, NSAAttention]:
+    """The same layer on the reference and on the kernels; what starts as zero is drawn, too."""
+    torch.manual_seed(0)
+    expected, got = (NSAAttention(**BASE | changes, impl=impl) for impl in ("reference", "triton"))
+    for parameter in expected.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    got.load_state_dict(expected.state_dict())
+    return expected.to(DEVICE), got.to(DEVICE)
+
+
+def caches_after(layers: tuple[NSAAttention, NSAAttention], lengths: list[int], capacity: int) -> list[NSACache]:
+    """Caches of both layers that hold the same prompts, NaN in everything never written."""
+    caches = [NSACache.for_model(layer, len(lengths), capacity) for layer in layers]
+    for buffer in caches[0].layers[0].buffers.values():
+        buffer.fill_(NAN)
+    x = torch.randn(len(lengths), max(lengths), BASE["dim"], device=DEVICE)
+    layers[0](x, cache=caches[0], lengths=torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+    for mine, theirs in zip(caches[1].tensors(), caches[0].tensors(), strict=True):
+        mine.copy_(theirs)
+    return caches
+
+
+def assert_equal_state(caches: list[NSACache]) -> None:
+    """Positions, reads and all that either cache holds agree; what was never written is NaN in both."""
+    expected, got = (cache.layers[0] for cache in caches)
+    for name in ("positions", "nominal_reads", "actual_reads"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    for name, buffer in expected.buffers.items():
+        torch.testing.assert_close(got.buffers[name], buffer, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
+
+
+def step(layers, caches: list[NSACache], x: Tensor, count: list[int] | None = None) -> None:
+    """One call of both layers; outputs and caches agree."""
+    lengths = None if count is None else torch.tensor(count, dtype=torch.int32, device=DEVICE)
+    expected, got = (layer(x, cache=cache, lengths=lengths) for layer, cache in zip(layers, caches, strict=True))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert got.isfinite().all()
+    assert_equal_state(caches)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_steps_of_one_token(sizes, launches):
+    """Across the boundaries of d, l, l_sel and w, from rows of different lengths."""
+    layers = make_layers(**sizes)
+    caches = caches_after(layers, [101, 7, 63], 120)
+    for _ in range(10):
+        launched = launches.of("decode")
+        step(layers, caches, torch.randn(3, 1, BASE["dim"], device=DEVICE))
+        assert launches.of("decode") == launched + 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [{}, {"phi": "mlp", "d": 2}, {"tie_kv": True}], ids=["base", "mlp", "tied"])
+def test_steps_of_several_tokens_take_as_many_as_each_row_wants(sizes, launches):
+    layers = make_layers(**sizes)
+    caches = caches_after(layers, [90, 3, 40], 120)
+    for count in ([8, 1, 0], [5, 8, 3], [0, 0, 0], [8, 8, 8]):
+        step(layers, caches, torch.randn(3, 8, BASE["dim"], device=DEVICE), count)
+    assert launches.of("decode") == 24
+
+
+@torch.no_grad()
+def test_tokens_taken_back_leave_no_trace(launches):
+    layers = make_layers()
+    caches = caches_after(layers, [77, 12], 120)
+    step(layers, caches, torch.randn(2, 8, BASE["dim"], device=DEVICE))
+    for cache in caches:
+        cache.layers[0].positions.sub_(torch.tensor([6, 8], dtype=torch.int32, device=DEVICE))
+    for _ in range(9):
+        step(layers, caches, torch.randn(2, 1, BASE["dim"], device=DEVICE))
+
+
+@torch.no_grad()
+def test_a_full_row_stays_as_it_is(launches):
+    layers = make_layers()
+    cache = caches_after(layers, [40, 39], 40)[1]
+    before = [x.clone() for x in cache.layers[0].buffers.values()]
+    op = layers[1]._step
+    shapes = {"q": (6, 12), "k": (2, 12), "v": (2, 10), "gates": (6, 3)}
+    draw = {name: torch.randn(2, 4, *shape, device=DEVICE) for name, shape in shapes.items()}
+    o = op(cache.layers[0], draw["q"], *(draw["k"], draw["v"]) * 3, draw["gates"], None)
+    assert cache.positions.tolist() == [40, 40]
+    assert not o[0].any() and not o[1, 1:].any() and o[1, 0].any()
+    for old, new in zip(before, cache.layers[0].buffers.values(), strict=True):
+        assert torch.equal(old[0].nan_to_num(), new[0].nan_to_num())
+
+
+@torch.no_grad()
+def test_nan_of_a_later_token_of_the_step_stays_there(launches):
+    layers = make_layers()
+    caches = caches_after(layers, [50], 80)
+    x = torch.randn(1, 5, BASE["dim"], device=DEVICE)
+    x[:, 3] = NAN
+    expected, got = (layer(x, cache=cache) for layer, cache in zip(layers, caches, strict=True))
+    torch.testing.assert_close(got[:, :3], expected[:, :3], rtol=1e-4, atol=1e-4)
+    assert got[:, :3].isfinite().all() and got[:, 3:].isnan().all()
+
+
+def test_every_kernel_of_a_step_is_counted():
+    assert len([name for name in find_kernels() if name.startswith("decode.")]) == 6
