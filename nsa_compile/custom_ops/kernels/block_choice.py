@@ -106,6 +106,7 @@ def _take_best(score, block):
 def choose_blocks(
     p, count, last, out, N: tl.constexpr, NP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, M: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, ALIGNED: tl.constexpr, TEAMS: tl.constexpr, TEAM: tl.constexpr,
+    UNROLL: tl.constexpr = 1,
 ):  # fmt: skip
     """The forced blocks of 0 … last and the best others, N in all, ascending at `out` and then -1; returned unordered.
 
@@ -119,7 +120,7 @@ def choose_blocks(
     chosen = tl.where((slot < INIT + LOCAL) & (forced <= last), forced, -1)
     if FREE > 0:
         best, block = tl.full([TEAMS], -1, tl.int32), lane
-        for first in tl.range(0, last + 1, TEAMS):
+        for first in tl.range(0, last + 1, TEAMS, loop_unroll_factor=UNROLL):
             score = _free_scores(p, first + lane, count, last, A, AP, M, INIT, LOCAL, ALIGNED)
             block = tl.where(score > best, first + lane, block)
             best = tl.maximum(best, score)

@@ -85,6 +85,58 @@ def _mean_of_block(
 
 
 @triton.jit
+def _append(
+    source, cache, held, new, b, g, n_groups, length, x_b, x_t, x_g, LOG2_THETA: tl.constexpr, TP: tl.constexpr,
+    WIDTH: tl.constexpr, COLS: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """Copy a row's new tokens to its cache; COLS holds WIDTH channels or, of what is ROTATED, half of them."""
+    i = tl.arange(0, TP)
+    read = b * x_b + i * x_t + g * x_g
+    at = (b * length + (held + i) % length) * n_groups + g
+    if ROTATED:
+        _copy_rotated(source, cache, read, at * WIDTH, i < new, held + i, LOG2_THETA, WIDTH, COLS)
+    else:
+        value = gather_rows(source, read, 0 * read, i < new, 1, WIDTH, COLS)
+        scatter_rows(cache, value, at, 0 * at, i < new, WIDTH, WIDTH, COLS)
+
+
+@triton.jit
+def _emit(
+    source, emitted, raw, cache, held, new, b, g, n_groups, slots, tail, x_b, x_t, x_g, LOG2_THETA: tl.constexpr,
+    T: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
+    ROTATED: tl.constexpr, EMITTED: tl.constexpr,
+):  # fmt: skip
+    """Write φ of the blocks that the new tokens complete: their mean or, if EMITTED, what is given."""
+    BLOCKS: tl.constexpr = (T + D - 1) // D
+    PART: tl.constexpr = WIDTH // 2 if ROTATED else WIDTH
+    source += b * x_b + g * x_g
+    raw += (b * tail * n_groups + g) * WIDTH
+    due, one = _num_cmp(held, L, D), tl.arange(0, 1)
+    for j in tl.static_range(BLOCKS):
+        block = due + j
+        complete = (block * D + L <= held + new) & (block < slots) & (new > 0)
+        some = complete & (one == 0)
+        given = ((b * BLOCKS + j) * n_groups + g) * WIDTH + one
+        at = (b * slots + block) * n_groups + g + one
+        if EMITTED:
+            first = gather_rows(emitted, given, 0 * given, some, 1, PART, COLS).to(tl.float32)
+        else:
+            first = _mean_of_block(
+                source, raw, block * D, held, complete, x_t, n_groups * WIDTH, tail, L, LP, PART, COLS
+            )
+        if ROTATED:
+            if EMITTED:
+                second = gather_rows(emitted + PART, given, 0 * given, some, 1, PART, COLS).to(tl.float32)
+            else:
+                second = _mean_of_block(
+                    source + PART, raw + PART, block * D, held, complete, x_t, n_groups * WIDTH, tail, L, LP, PART, COLS
+                )
+            first, second = _rotate(first, second, block * D + L - 1 + one, LOG2_THETA, WIDTH, COLS)
+            scatter_rows(cache + PART, second, at, 0 * at, some, WIDTH, PART, COLS)
+        scatter_rows(cache, first, at, 0 * at, some, WIDTH, PART, COLS)
+
+
+@triton.jit
 def _decode_append_kernel(
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, k_emitted, v_emitted, count, positions,
     cached_k_cmp, cached_v_cmp, k_raw, v_raw, cached_k_slc, cached_v_slc, cached_k_win, cached_v_win, rotated,
@@ -94,67 +146,42 @@ def _decode_append_kernel(
     D: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, HALF: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
     LOG2_THETA: tl.constexpr, HAS_COUNT: tl.constexpr, EMITTED: tl.constexpr,
 ):  # fmt: skip
-    """q rotated to `rotated` [b, T, n, D_K], or one branch's keys and values to its cache, by program_id(0).
+    """Work of one kind by program_id(0): q rotated to `rotated` [b, T, n, D_K], or keys or values of a cache.
 
     With EMITTED, φ of the blocks due is given [b, ceil(T / D), g, *], else it is the mean.
     """
     part, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
-    i = tl.arange(0, TP)
-    live, position = i < new, held + i
     if part == 0:
+        _emit(
+            k_cmp, k_emitted, k_raw, cached_k_cmp, held, new, b, g, n_groups, slots, tail, kc_b, kc_t, kc_g,
+            LOG2_THETA, T, L, LP, D, D_K, HALF, True, EMITTED,
+        )  # fmt: skip
+        _append(k_cmp, k_raw, held, new, b, g, n_groups, tail, kc_b, kc_t, kc_g, LOG2_THETA, TP, D_K, DK, False)
+    elif part == 1:
+        _emit(
+            v_cmp, v_emitted, v_raw, cached_v_cmp, held, new, b, g, n_groups, slots, tail, vc_b, vc_t, vc_g,
+            LOG2_THETA, T, L, LP, D, D_V, DV, False, EMITTED,
+        )  # fmt: skip
+        _append(v_cmp, v_raw, held, new, b, g, n_groups, tail, vc_b, vc_t, vc_g, LOG2_THETA, TP, D_V, DV, False)
+    elif part == 2:
         head = tl.arange(0, HP)
         for token in tl.range(0, new):
             read = b * q_b + token * q_t + (g * H + head) * q_n
             write = ((b * T + token) * n + g * H + head) * D_K
             _copy_rotated(q, rotated, read, write, head < H, held + token + 0 * head, LOG2_THETA, D_K, HALF)
-    elif part == 1:
-        at = (b * capacity + position) * n_groups + g
-        read = b * ks_b + i * ks_t + g * ks_g
-        _copy_rotated(k_slc, cached_k_slc, read, at * D_K, live, position, LOG2_THETA, D_K, HALF)
-        value = gather_rows(v_slc + b * vs_b + g * vs_g, i, 0 * i, live, vs_t, D_V, DV)
-        scatter_rows(cached_v_slc, value, at, 0 * i, live, D_V, D_V, DV)
-    elif part == 2:
-        k_cmp += b * kc_b + g * kc_g
-        v_cmp += b * vc_b + g * vc_g
-        at = (b * tail + position % tail) * n_groups + g
-        scatter_rows(k_raw, gather_rows(k_cmp, i, 0 * i, live, kc_t, D_K, DK), at, 0 * i, live, D_K, D_K, DK)
-        scatter_rows(v_raw, gather_rows(v_cmp, i, 0 * i, live, vc_t, D_V, DV), at, 0 * i, live, D_V, D_V, DV)
-        k_ring, v_ring = k_raw + (b * tail * n_groups + g) * D_K, v_raw + (b * tail * n_groups + g) * D_V
-        due = _num_cmp(held, L, D)
-        for j in tl.static_range((T + D - 1) // D):
-            block = due + j
-            complete = (block * D + L <= held + new) & (block < slots) & (new > 0)
-            one = tl.arange(0, 1)
-            some = complete & (one == 0)
-            if EMITTED:
-                k_at = ((b * ((T + D - 1) // D) + j) * n_groups + g) * D_K + one
-                first = gather_rows(k_emitted, k_at, 0 * one, some, 1, D_K // 2, HALF).to(tl.float32)
-                second = gather_rows(k_emitted + D_K // 2, k_at, 0 * one, some, 1, D_K // 2, HALF).to(tl.float32)
-                v_at = ((b * ((T + D - 1) // D) + j) * n_groups + g) * D_V + one
-                emitted_v = gather_rows(v_emitted, v_at, 0 * one, some, 1, D_V, DV)
-            else:
-                first = _mean_of_block(
-                    k_cmp, k_ring, block * D, held, complete, kc_t, n_groups * D_K, tail, L, LP, D_K // 2, HALF
-                )
-                second = _mean_of_block(
-                    k_cmp + D_K // 2, k_ring + D_K // 2, block * D, held, complete, kc_t, n_groups * D_K, tail, L, LP,
-                    D_K // 2, HALF,
-                )  # fmt: skip
-                emitted_v = _mean_of_block(
-                    v_cmp, v_ring, block * D, held, complete, vc_t, n_groups * D_V, tail, L, LP, D_V, DV
-                )
-            first, second = _rotate(first, second, block * D + L - 1 + one, LOG2_THETA, D_K, HALF)
-            out = (b * slots + block) * n_groups + g + one
-            scatter_rows(cached_k_cmp, first, out, 0 * one, some, D_K, D_K // 2, HALF)
-            scatter_rows(cached_k_cmp + D_K // 2, second, out, 0 * one, some, D_K, D_K // 2, HALF)
-            scatter_rows(cached_v_cmp, emitted_v, out, 0 * one, some, D_V, D_V, DV)
+    elif part == 3:
+        _append(
+            k_slc, cached_k_slc, held, new, b, g, n_groups, capacity, ks_b, ks_t, ks_g, LOG2_THETA, TP, D_K, HALF, True
+        )
+    elif part == 4:
+        _append(
+            v_slc, cached_v_slc, held, new, b, g, n_groups, capacity, vs_b, vs_t, vs_g, LOG2_THETA, TP, D_V, DV, False
+        )
+    elif part == 5:
+        _append(k_win, cached_k_win, held, new, b, g, n_groups, ring, kw_b, kw_t, kw_g, LOG2_THETA, TP, D_K, HALF, True)
     else:
-        at = (b * ring + position % ring) * n_groups + g
-        read = b * kw_b + i * kw_t + g * kw_g
-        _copy_rotated(k_win, cached_k_win, read, at * D_K, live, position, LOG2_THETA, D_K, HALF)
-        value = gather_rows(v_win + b * vw_b + g * vw_g, i, 0 * i, live, vw_t, D_V, DV)
-        scatter_rows(cached_v_win, value, at, 0 * i, live, D_V, D_V, DV)
+        _append(v_win, cached_v_win, held, new, b, g, n_groups, ring, vw_b, vw_t, vw_g, LOG2_THETA, TP, D_V, DV, False)
 
 
 @triton.jit
@@ -305,7 +332,7 @@ def _decode_choice_kernel(
     last = tl.where(token < new, own // L_SEL, -1)
     at = (b * T + token) * n_groups + g
     chosen = choose_blocks(
-        scores + at * width, 0, last, block_indices + at * N, N, NP, 0, 1, 1, INIT, LOCAL, True, TEAMS, TEAM
+        scores + at * width, 0, last, block_indices + at * N, N, NP, 0, 1, 1, INIT, LOCAL, True, TEAMS, TEAM, 4
     )
     if token == tl.maximum(new - 1, 0):
         size = tl.minimum(own + 1 - chosen * L_SEL, L_SEL)
@@ -359,10 +386,13 @@ def _decode_selected_kernel(
 @triton.jit
 def _decode_merge_kernel(
     part_o, part_lse, gates, o, count, positions, capacity, n, g_b, g_t, g_n, g_c,
-    T: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr,
+    T: tl.constexpr, D_V: tl.constexpr, COLS: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr,
     SPLITS: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr, HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
-    """o = sum of the branches' gates * attention, merged over their splits; the first program of a row moves it on."""
+    """COLS channels of o = sum of the branches' gates * attention, merged over their splits.
+
+    The first program of a row moves its position on.
+    """
     head, b, token = tl.program_id(0), (tl.program_id(1) // T).to(tl.int64), tl.program_id(1) % T
     slot = (b * T + token) * n + head
     gates += b * g_b + token * g_t + head * g_n
@@ -374,8 +404,8 @@ def _decode_merge_kernel(
     lse_cmp = _merged_lse(tl.where(is_cmp, lse, float("-inf")))
     lse_win = _merged_lse(tl.where(is_cmp | is_slc, float("-inf"), lse))
     lse_slc = _merged_lse(tl.where(is_slc, lse, float("-inf")))
-    out = tl.zeros([DV], tl.float32)
-    col = tl.arange(0, DV)
+    out = tl.zeros([COLS], tl.float32)
+    col = tl.program_id(2) * COLS + tl.arange(0, COLS)
     for first in tl.static_range(0, SPLITS, CHUNK):
         split = first + tl.arange(0, CHUNK)
         lse = tl.load(part_lse + slot * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
@@ -388,7 +418,7 @@ def _decode_merge_kernel(
         value = tl.load(at, mask=some[:, None] & (col < D_V)[None, :], other=0.0)
         out += tl.sum(value * weight[:, None], 0)
     tl.store(o + slot * D_V + col, out.to(o.dtype.element_ty), mask=col < D_V)
-    if (head == 0) & (token == 0):  # no other program of this launch looks at the positions
+    if (head == 0) & (token == 0) & (tl.program_id(2) == 0):  # no other program of this launch looks at the positions
         held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
         tl.store(positions + b, (held + new).to(tl.int32))
 
@@ -401,10 +431,15 @@ def _merged_lse(lse):
     return tl.where(top == float("-inf"), float("inf"), base + tl.log2(tl.sum(tl.exp2(lse - base), 0)))
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Multiprocessors of the device of x."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
 def share_keys(q: Tensor, row_tiles: int, g: int, tiles: int, window_tiles: int, n_sel: int) -> Splits:
     """Splits that fill the device: about four programs of the scan, two of the selected blocks a multiprocessor."""
     b, t = q.shape[:2]
-    units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    units = multiprocessors(q)
     per_group, per_token = b * g * row_tiles, b * t * g
     cmp = max(1, min(tiles, 128, 4 * units // per_group))
     win = max(1, min(window_tiles, units // per_group))
@@ -449,7 +484,7 @@ def decode_attention(
     spilled = torch.empty_like(folded) if M > 1 else folded
     part_o, part_lse = empty(b, t, n, total, d_v), empty(b, t, n, total)
     strides = (y for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) for y in x.stride()[:3])
-    _decode_append_kernel[(3 if tied else 4, g, b)](
+    _decode_append_kernel[(5 if tied else 7, g, b)](
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, *((k_cmp, v_cmp) if k_emitted is None else (k_emitted, v_emitted)),
         counts, positions, cached_k_cmp, cached_v_cmp, k_raw, v_raw, cached_k_slc, cached_v_slc,
         cached_k_win, cached_v_win, rotated, capacity, slots, tail, ring, n, g, *strides,
@@ -481,9 +516,10 @@ def decode_attention(
         FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SPLITS=total, **sizes, **where,
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    _decode_merge_kernel[(n, b * t)](
+    cols = 32 if b * t * n < 8 * multiprocessors(q) else DV  # many small programs where there are few heads
+    _decode_merge_kernel[(n, b * t, triton.cdiv(d_v, cols))](
         part_o, part_lse, gates, o, counts, positions, capacity, n, *gates.stride(),
-        D_V=d_v, DV=DV, SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, SP=padded(total, 1),
-        CHUNK=min(32, padded(total, 1)), **where, num_warps=4,
+        D_V=d_v, COLS=cols, SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, SP=padded(total, 1),
+        CHUNK=min(4096 // cols, padded(total, 1)), **where, num_warps=4,
     )  # fmt: skip
     return o, block_indices
