@@ -437,13 +437,13 @@ def multiprocessors(x: Tensor) -> int:
 
 
 def share_keys(q: Tensor, row_tiles: int, g: int, tiles: int, window_tiles: int, n_sel: int) -> Splits:
-    """Splits that fill the device: about four programs of the scan, two of the selected blocks a multiprocessor."""
+    """Splits that fill the device, several programs a multiprocessor, and give no program a long walk."""
     b, t = q.shape[:2]
     units = multiprocessors(q)
     per_group, per_token = b * g * row_tiles, b * t * g
-    cmp = max(1, min(tiles, 128, 4 * units // per_group))
+    cmp = max(1, min(tiles, 128, max(8, 4 * units // per_group)))
     win = max(1, min(window_tiles, units // per_group))
-    return Splits(cmp, win, max(1, min(n_sel, 2 * units // per_token)))
+    return Splits(cmp, win, min(n_sel, max(4, 2 * units // per_token)))
 
 
 def decode_attention(
@@ -460,7 +460,9 @@ def decode_attention(
     capacity, slots, tail = cached_k_slc.shape[1], cached_k_cmp.shape[1], k_raw.shape[1]
     h, DK, DV, HALF = n // g, padded(d_k), padded(d_v), padded(d_k // 2)
     A, M, AP = l_sel // d, l // d, padded(l_sel // d, 1)
-    keys = max(AP, 64 if max(DK, DV) * q.element_size() <= 256 else 32)
+    bytes_per_key = max(DK, DV) * q.element_size()
+    keys, stages = (64, 2) if bytes_per_key <= 256 else (32, 2) if bytes_per_key <= 512 else (16, 1)
+    keys = max(AP, keys)
     blocks, window_keys = keys // AP, min(keys, 64)
     tiles, window_tiles = triton.cdiv(slots, blocks * A), triton.cdiv(w + t - 1, window_keys)
     rows = min(64, padded(t * h))
@@ -497,7 +499,7 @@ def decode_attention(
         rotated, cached_k_cmp, cached_v_cmp, cached_k_win, cached_v_win, counts, positions, folded, spilled, tops,
         part_o, part_lse, scale2, capacity, slots, ring, n, g,
         H=h, L=l, D=d, W=w, A=A, AP=AP, M=M, BLOCKS=blocks, TILES=tiles, BM=rows, BN=window_keys, ROW_TILES=row_tiles,
-        SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, **sizes, **where, num_warps=4, num_stages=2,
+        SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, **sizes, **where, num_warps=4, num_stages=stages,
     )  # fmt: skip
     _decode_scores_kernel[(triton.cdiv(width, 64), g, b * t)](
         folded, spilled, tops, part_lse, scores, counts, positions, capacity, n, g, width,
@@ -514,7 +516,7 @@ def decode_attention(
         rotated, cached_k_slc, cached_v_slc, block_indices, counts, positions, part_o, part_lse, scale2, capacity, n, g,
         H=h, L_SEL=l_sel, N=n_sel, BM=padded(h), BN=min(padded(l_sel), window_keys),
         FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SPLITS=total, **sizes, **where,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     cols = 32 if b * t * n < 8 * multiprocessors(q) else DV  # many small programs where there are few heads
     _decode_merge_kernel[(n, b * t, triton.cdiv(d_v, cols))](
