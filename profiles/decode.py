@@ -63,7 +63,8 @@ def measure(context: int, batch: int, layers: int, replays: int = 60) -> dict:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
             graph.replay()
             torch.cuda.synchronize()
-    kernels = {x.key: round(x.self_device_time_total / layers, 2) for x in trace.key_averages()}
+    spent = {x.key: round(x.self_device_time_total / layers, 2) for x in trace.key_averages()}
+    kernels = {name: us for name, us in spent.items() if us > 0}
     tokens = cache.layers[0].actual_reads[..., 3].sum().item()
     median, quarters = statistics.median(times), statistics.quantiles(times, n=4)
     return {
