@@ -6,6 +6,7 @@ import pytest
 import torch
 from launches import Launches, find_kernels, watch
 from torch import Tensor
+from torch.library import opcheck
 
 from nsa_compile import NSAAttention, NSACache
 
@@ -129,6 +130,23 @@ def test_nan_of_a_later_token_of_the_step_stays_there(launches):
     expected, got = (layer(x, cache=cache) for layer, cache in zip(layers, caches, strict=True))
     torch.testing.assert_close(got[:, :3], expected[:, :3], rtol=1e-4, atol=1e-4)
     assert got[:, :3].isfinite().all() and got[:, 3:].isnan().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["separate", "tied"])
+def test_opcheck(tied, launches):
+    """What the op says it writes is what it writes, and its fake agrees."""
+    layer = make_layers(tie_kv=tied)[1]
+    cache = NSACache.for_model(layer, 1, 40).layers[0]
+    cache.positions.fill_(33)
+    q, k, v = (torch.randn(1, 2, n, x, device=DEVICE) for n, x in ((6, 12), (2, 12), (2, 10)))
+    window = (None, None) if tied else (k * 2, v * 2)
+    names = (f"{x}_{branch}" for branch in ("cmp", "raw", "slc", "win") for x in "kv")
+    state = (cache.positions, cache.nominal_reads, cache.actual_reads, *map(cache.buffers.get, names))
+    gates = torch.rand(1, 2, 6, 3, device=DEVICE)
+    arguments = (q, k, v, k + 1, v + 1, *window, None, None, gates, None, *state, 8, 4, 16, 4, 20, 1, 2, 1e4, 0.3)
+    opcheck(torch.ops.nsa_compile.decode_attention.default, arguments)
+    assert launches.of("decode") > 0
 
 
 def test_every_kernel_of_a_step_is_counted():
