@@ -67,7 +67,7 @@ def kernel_ms(run, calls: int = 3) -> dict[str, float]:
         for _ in range(calls):
             run()
         torch.cuda.synchronize()
-    spent = {event.key[:60]: event.self_device_time_total / 1000 / calls for event in trace.key_averages()}
+    spent = {event.key: event.self_device_time_total / 1000 / calls for event in trace.key_averages()}
     return {name: round(ms, 3) for name, ms in sorted(spent.items(), key=lambda x: -x[1]) if ms > 0.005}
 
 

@@ -51,6 +51,7 @@ def _group_probabilities_kernel(
     stored = (mine < chunk) & (first_token + mine < t)
     start = tl.load(key_start + b * t + first_token + mine, mask=stored, other=0x7FFFFFFF)
     end = tl.load(key_end + b * t + first_token + mine, mask=stored, other=0)
+    start, end = tl.minimum(start, width), tl.minimum(end, width)  # garbage sequences may promise more
     slot = ((b * chunk + mine) * n_groups + g) * width
     for first in tl.range(tl.min(start, 0), tl.max(end, 0), BN):
         k_tile = load_keys(k_tiles, b, g, first, BN, DK)
@@ -151,8 +152,8 @@ def _top_blocks_kernel(
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = first_token + tl.program_id(0)
     pos = tl.load(position + b * t + token)
-    start = tl.load(key_start + b * t + token)
-    count = tl.load(key_end + b * t + token) - start
+    start = tl.minimum(tl.load(key_start + b * t + token), width)
+    count = tl.minimum(tl.load(key_end + b * t + token), width) - start
     last = tl.where(pos >= 0, tl.minimum(pos // L_SEL, candidates - 1), -1)
     p += tl.multiple_of(((b * chunk + tl.program_id(0)) * n_groups + g) * width, 16)
     if not ALIGNED:
