@@ -7,18 +7,22 @@ from nsa_compile.custom_ops.gating import gated_sum
 from nsa_compile.custom_ops.nsa import nsa_attention
 from nsa_compile.custom_ops.selection import selected_attention
 from nsa_compile.custom_ops.window import window_attention
-from nsa_compile.generate import Generation, generate, sample
+from nsa_compile.generate import Generation, generate
 from nsa_compile.graphs.cache import NSACache
+from nsa_compile.graphs.decode import DecodeGraph, RowUpdate
+from nsa_compile.graphs.prefill import PrefillGraph
 from nsa_compile.model import LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import GateMLP, NSAAttention
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import num_cmp
 from nsa_compile.ops.rope import apply_rope
+from nsa_compile.ops.sampling import sample
 from nsa_compile.ops.selection import RangeStatistics, TokenReads, range_statistics, selection_ranges, token_reads
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecodeGraph",
     "GateMLP",
     "GateStatistics",
     "Generation",
@@ -27,7 +31,9 @@ __all__ = [
     "NSACache",
     "NSAConfig",
     "NSALanguageModel",
+    "PrefillGraph",
     "RangeStatistics",
+    "RowUpdate",
     "TokenReads",
     "apply_rope",
     "compress_mean",

@@ -25,8 +25,9 @@ import nsa_compile
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.dispatch import resolve_impl
 from nsa_compile.data import Corpus, load_text, unigram_entropy
-from nsa_compile.generate import generate, prefill
+from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
+from nsa_compile.graphs.prefill import prefill
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.module import BRANCHES
 from nsa_compile.train import DTYPES, METRICS_FILE, StepMetrics, TrainConfig, TrainResult, find_checkpoint, train
@@ -422,9 +423,8 @@ def stream_demo(console: Console, model: NSALanguageModel, corpus: Corpus) -> tu
 
     def on_token(step: int, tokens: list[int | None]) -> None:
         stream.write(tokens[0])
-        if step:  # the first token comes from the prefill
-            actual = [layer.actual_reads[0].tolist() for layer in cache.layers]
-            steps.append(StepReads(len(prompt) + step, cache.layers[0].nominal_reads[0].tolist(), actual))
+        actual = [layer.actual_reads[0].tolist() for layer in cache.layers]
+        steps.append(StepReads(len(prompt) + step, cache.layers[0].nominal_reads[0].tolist(), actual))
 
     console.print("decode runs uncompiled: compiling it would take longer than these few steps")
     console.rule(f"{len(prompt)} held-out bytes >>> {DEMO_NEW} decoded from a static cache")

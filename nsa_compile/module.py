@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.compression import compress_mean
-from nsa_compile.custom_ops.decode import runs_step
+from nsa_compile.custom_ops.decode import STEP, runs_step
 from nsa_compile.custom_ops.nsa import op_branches
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_cu_seqlens, check_lengths, check_tensor
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from nsa_compile.graphs.cache import LayerCache, NSACache
 
 BRANCHES = ("cmp", "slc", "win")
-SPECULATIVE = 8
-"""Tokens that a step may append and take back: rings are this much longer, less the query's own token."""
 
 
 class GateMLP(nn.Module):
@@ -158,9 +156,10 @@ class NSAAttention(nn.Module):
     def cache_layout(self, capacity: int) -> tuple[dict[str, tuple[int, int]], int]:
         """Buffers a cache of this layer has (name → length, channels), and the key/value heads."""
         c = self.config
-        lengths = {"slc": capacity, "cmp": -(-capacity // c.d), "raw": c.l + SPECULATIVE - 1}
+        # rings are as long as a step that is taken back as a whole makes necessary
+        lengths = {"slc": capacity, "cmp": -(-capacity // c.d), "raw": c.l + STEP - 1}
         if not c.tie_kv:
-            lengths["win"] = c.w + SPECULATIVE - 1
+            lengths["win"] = c.w + STEP - 1
         channels = {"k": c.d_k, "v": c.d_v}
         layout = {f"{kv}_{name}": (n, channels[kv]) for name, n in lengths.items() for kv in "kv"}
         return layout, c.n_kv_groups

@@ -64,7 +64,7 @@ def test_demo_shows_what_it_did_and_leaves_its_files(text, tmp_path):
     assert [step for step, _ in losses(out)] == [1, 2, 3]
     steps = [json.loads(line) for line in (out / cli.DECODE_FILE).read_text().splitlines()]
     model = cli.DEMO_MODEL
-    assert [step["cached"] for step in steps] == list(range(cli.DEMO_PROMPT + 1, cli.DEMO_PROMPT + cli.DEMO_NEW))
+    assert [step["cached"] for step in steps] == list(range(cli.DEMO_PROMPT, cli.DEMO_PROMPT + cli.DEMO_NEW))
     for step in steps:
         cmp, slc, win = (step["cached"] - model.l) // model.d + 1, model.n_sel * model.l_sel, model.w
         assert step["nominal"] == [cmp, slc, win, cmp + slc + win]

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from nsa_compile import NSAAttention, NSACache, NSAConfig, NSALanguageModel
-from nsa_compile.generate import generate, prefill, sample, uniform
+from nsa_compile.generate import generate
+from nsa_compile.graphs.prefill import prefill
+from nsa_compile.ops.sampling import sample, uniform
 
 SIZES = {"dim": 32, "n_heads": 4, "n_kv_groups": 2, "d_k": 8, "d_v": 8, "l": 4, "d": 2, "l_sel": 4, "n_sel": 4, "w": 6}
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(20)), [7, 7, 7]]

@@ -60,7 +60,7 @@ def _(buffer, new, positions, first, length):
 
 
 STEP = 8
-"""Tokens per row that one step of `decode_attention` takes at most."""
+"""Tokens per row that one step of `decode_attention` takes at most, and that a row of a cache can take back."""
 
 
 def runs_step(impl: str, q: Tensor, v: Tensor, *, d: int, l_sel: int) -> bool:

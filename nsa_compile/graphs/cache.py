@@ -6,7 +6,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from nsa_compile.custom_ops.decode import cache_append, cache_recall, cache_write
+from nsa_compile.custom_ops.decode import STEP, cache_append, cache_recall, cache_write
 from nsa_compile.ops.checks import values_are_visible
 
 
@@ -103,7 +103,7 @@ class NSACache:
     def __init__(self, modules: Sequence[nn.Module], layers: Sequence[LayerCache], batch: int, capacity: int) -> None:
         self.modules, self.layers = tuple(modules), tuple(layers)
         self.batch, self.capacity = batch, capacity
-        self.host_lengths = [0] * batch
+        self.host_lengths, self.host_peaks = [0] * batch, [0] * batch
 
     @classmethod
     def for_model(
@@ -163,9 +163,7 @@ class NSACache:
 
         Raises: ValueError before anything changes if a row would pass the capacity.
         """
-        counts = [counts] * self.batch if isinstance(counts, int) else list(counts)
-        if len(counts) != self.batch or min(counts) < 0:
-            raise ValueError(f"counts: expected {self.batch} numbers of at least 0, got {counts}")
+        counts = self._per_row(counts)
         lengths = [length + count for length, count in zip(self.host_lengths, counts, strict=True)]
         if max(lengths) > self.capacity:
             row = lengths.index(max(lengths))
@@ -174,9 +172,77 @@ class NSACache:
                 f"got {self.host_lengths[row]} + {counts[row]} in row {row}"
             )
         self.host_lengths = lengths
+        self.host_peaks = [max(x) for x in zip(self.host_peaks, lengths, strict=True)]
 
-    def reset(self) -> None:
-        """Empty all rows."""
+    def count(self, row: int, length: int, *, ahead: int) -> None:
+        """Note that a row holds `length` tokens, and has held at most `ahead` more, where the device decided that."""
+        self.host_lengths[row] = length
+        self.host_peaks[row] = max(self.host_peaks[row], min(length + ahead, self.capacity))
+
+    def rollback(self, counts: int | Sequence[int]) -> None:
+        """Take back the last `counts` tokens (of every row, or per row), as a speculative step does with wrong guesses.
+
+        What follows is exact as long as a row goes back to at most 8 tokens fewer than it has ever held: the rings keep
+        that many more than they need. Counts on the host, from what `reserve` was told.
+
+        Raises: ValueError before anything changes if a row has not that many tokens, or would go back further.
+        """
+        counts = self._per_row(counts)
+        for row, count in enumerate(counts):
+            length, peak = self.host_lengths[row], self.host_peaks[row]
+            most = min(length, length + STEP - peak)
+            if count > most:
+                raise ValueError(
+                    f"counts: expected at most {most} tokens to take back from row {row}, which holds {length} "
+                    f"and held {peak}, got {count}"
+                )
+        taken = torch.tensor(counts, dtype=torch.int32).to(self.positions.device, non_blocking=True)
         for layer in self.layers:
-            layer.positions.zero_()
-        self.host_lengths = [0] * self.batch
+            layer.positions.sub_(taken)
+        self.host_lengths = [length - count for length, count in zip(self.host_lengths, counts, strict=True)]
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty some rows, all by default; the others stay as they are. Raises ValueError for a row out of range."""
+        chosen = set(range(self.batch) if rows is None else rows)
+        for row in chosen:
+            self._check_row("rows", row)
+        for layer in self.layers:
+            if len(chosen) == self.batch:
+                layer.positions.zero_()
+            else:
+                for row in chosen:
+                    layer.positions[row] = 0
+        for row in chosen:
+            self.host_lengths[row] = self.host_peaks[row] = 0
+
+    def copy_row(self, row: int, source: "NSACache", source_row: int = 0) -> None:
+        """Replace a row by one of another cache of the same model, type, device and capacity, such as one of a single
+        row that prompts are prefilled into while this one decodes. Nothing waits for the device.
+
+        Raises: ValueError naming the argument, before anything is written.
+        """
+        self._check_row("row", row)
+        source._check_row("source_row", source_row)
+        if len(source.layers) != len(self.layers) or any(
+            (mine.dtype, mine.device, mine.shape[1:]) != (other.dtype, other.device, other.shape[1:])
+            for mine, other in zip(self.tensors(), source.tensors(), strict=True)
+        ):
+            raise ValueError("source: expected a cache of the same model, type, device and capacity, got another")
+        length = source.host_lengths[source_row]
+        for mine, other in zip(self.layers, source.layers, strict=True):
+            for to, of in zip(mine.tensors(), other.tensors(), strict=True):
+                to, of = to[row : row + 1], of[source_row : source_row + 1]
+                if length and to.ndim == 4 and to.shape[1] == self.capacity:  # not a ring: a slot a token
+                    to, of = to[:, :length], of[:, :length]
+                to.copy_(of)
+        self.host_lengths[row], self.host_peaks[row] = length, source.host_peaks[source_row]
+
+    def _per_row(self, counts: int | Sequence[int]) -> list[int]:
+        counts = [counts] * self.batch if isinstance(counts, int) else list(counts)
+        if len(counts) != self.batch or min(counts) < 0:
+            raise ValueError(f"counts: expected {self.batch} numbers of at least 0, got {counts}")
+        return counts
+
+    def _check_row(self, name: str, row: int) -> None:
+        if not 0 <= row < self.batch:
+            raise ValueError(f"{name}: expected 0 … {self.batch - 1}, got {row}")

@@ -1,0 +1,53 @@
+"""Work as one CUDA graph: run until nothing compiles or allocates any more, then captured."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+WARM_UPS = 3
+
+
+def prepare(
+    work: Callable[[], None], model: nn.Module, device: torch.device, wanted: bool | None, pool: Any
+) -> Callable[[], None]:
+    """Run `work`, which calls the model, until nothing compiles any more; returns its replay as a CUDA graph.
+
+    Where it cannot be captured (not on CUDA, or a model compiled to run in graphs of its own, as by
+    `mode="reduce-overhead"`), and where it is not `wanted`, that is `work` itself. What it reads and writes must stay
+    where it is. Graphs of one `new_pool` share memory for what lies between, so they must not run at the same time.
+
+    Raises: ValueError where a capture is wanted and cannot be.
+    """
+    own = captures_itself(model)
+    if wanted and (own or device.type != "cuda"):
+        reason = "the model runs in CUDA graphs of its own" if own else f"the cache is on {device}"
+        raise ValueError(f"capture: expected None or False ({reason}), got True")
+    with torch.no_grad():
+        if device.type != "cuda" or own or wanted is False:
+            work()
+            return work
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    work()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                work()
+    return graph.replay
+
+
+def new_pool(device: torch.device) -> Any:
+    """Memory for graphs that `prepare` makes on the device."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def captures_itself(model: nn.Module) -> bool:
+    """Whether the model was compiled to run in CUDA graphs of its own."""
+    compiled = getattr(model, "_compiled_call_impl", None) or model
+    options = getattr(compiled, "get_compiler_config", lambda: None)() or {}
+    return bool(options.get("triton.cudagraphs", False))

@@ -1,0 +1,67 @@
+"""Drawing the next token: a row's draw is a function of its logits, seed and position, and of nothing else."""
+
+import math
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+def sample(logits: Tensor, *, temperature: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """Draw each row's next token; a row's draw depends on its own arguments only.
+
+    Args:
+        logits: [b, vocab] float.
+        temperature: [b] float; 0 takes the likeliest token.
+        top_p: [b] float in (0, 1]: only the likeliest tokens with less than this probability before them count; the
+            first one always does.
+        seed: [b] int64.
+        position: [b] int, where in its row the drawn token will stand.
+
+    Returns: int64 [b]. Compiles to one graph; reads nothing on the host.
+    """
+    logits = logits.float()
+    greedy = temperature == 0
+    scale = torch.where(greedy, 1.0, temperature.float())[:, None]
+    probability, token = torch.softmax((logits - logits.amax(-1, keepdim=True)) / scale, dim=-1).sort(
+        dim=-1, descending=True, stable=True
+    )
+    upto, top_p = probability.cumsum(-1), top_p.float()[:, None]
+    kept = (upto - probability < top_p) | (top_p >= 1) | (torch.arange(logits.shape[-1], device=logits.device) == 0)
+    mass = torch.where(kept, upto, 0.0).amax(-1)  # of the kept tokens
+    draw = uniform(seed, position) * mass
+    index = ((upto <= draw[:, None]) & kept).sum(-1).clamp_max(kept.sum(-1) - 1)
+    drawn = token.gather(-1, index[:, None]).squeeze(-1)
+    return torch.where(greedy, logits.argmax(-1), drawn)
+
+
+def check_sampling(*, temperature: object, top_p: object, seed: object) -> None:
+    """Raise ValueError for what `sample` does not take."""
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    if not isinstance(top_p, (int, float)) or isinstance(top_p, bool) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an int64 number, got {seed!r}")
+
+
+def uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """A number in [0, 1) with 24 random bits that is a function of (seed, position): int [b], int [b] → fp32 [b]."""
+    seed, position = seed.long(), position.long()
+    x = mix_bits((seed & MASK) ^ 0x9E3779B9)
+    x = mix_bits(x ^ ((seed >> 32) & MASK) ^ 0x85EBCA6B)
+    x = mix_bits(x ^ (position & MASK) ^ 0xC2B2AE35)
+    return (x >> 8).float() * 2.0**-24
+
+
+def mix_bits(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers held in int64 in which every input bit moves every output bit (lowbias32)."""
+    x = multiply_bits(x ^ (x >> 16), 0x7FEB352D)
+    x = multiply_bits(x ^ (x >> 15), 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def multiply_bits(x: Tensor, factor: int) -> Tensor:
+    """x · factor mod 2^32 for 32-bit numbers held in int64; in halves, so that nothing passes 2^63."""
+    return ((x & 0xFFFF) * factor + ((((x >> 16) * factor) & 0xFFFF) << 16)) & MASK

@@ -1,0 +1,304 @@
+"""Rows that come and go through prefill and decode graphs: each draws what it would draw alone, whatever the others do.
+
+On a CPU the graphs are calls of the model; on CUDA they are captured.
+"""
+
+import pytest
+import torch
+from models import make_model
+
+from nsa_compile import DecodeGraph, NSACache, PrefillGraph, generate
+from nsa_compile.graphs.decode import LOG
+from nsa_compile.graphs.prefill import prefill, split_chunks
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+SIZES = {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 5}
+CAPACITY = 96
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6], [2, 6, 4], [3, 3, 8, 3, 2]]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def device(request):
+    return request.param
+
+
+def sharp_model(device, **changes):
+    """A model whose choices are far from ties."""
+    model = make_model(torch.float64 if device == "cpu" else torch.float32, **SIZES, **changes).eval().to(device)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    return model
+
+
+@pytest.fixture(params=[{"phi": "mlp", "gate": "sigmoid"}, {"tie_kv": True}, {"attention": "dense"}], ids=str)
+def model(request, device):
+    return sharp_model(device, **request.param)
+
+
+def arguments_of(row: int) -> dict:
+    """Different for every prompt, some greedy."""
+    return {"temperature": (0.0, 3.0, 2.0, 0.0, 4.0)[row], "top_p": (1.0, 0.9, 1.0, 1.0, 0.7)[row], "seed": 7 * row}
+
+
+def alone(model, row: int, n: int, **changes) -> list[int]:
+    return generate(model, [PROMPTS[row]], max_new_tokens=n, **arguments_of(row) | changes).tokens[0]
+
+
+def serve(model, batch: int, counts: list[int], every: int, *, stop_token=None, graph=None) -> list[list[int]]:
+    """The prompts through a batch of a few rows, each as soon as one is free."""
+    graph = graph or DecodeGraph(model, NSACache.for_model(model, batch, CAPACITY))
+    slot = NSACache.for_model(model, 1, CAPACITY)
+    fill = PrefillGraph(model, slot, sizes=(2, 8))
+    waiting, texts, of = list(range(len(counts))), [[] for _ in counts], {}
+    while waiting or of:
+        for row in graph.idle[: len(waiting)]:
+            of[row] = number = waiting.pop(0)
+            slot.reset()
+            fill([PROMPTS[number][:-1]])
+            graph.cache.copy_row(row, slot)
+            graph.start(
+                row, PROMPTS[number][-1], max_new_tokens=counts[number], stop_token=stop_token, **arguments_of(number)
+            )
+        graph.step(every)
+        for update in graph.collect():
+            texts[of[update.row]] += update.tokens
+            if update.finished:
+                del of[update.row]
+    return texts
+
+
+@pytest.mark.parametrize("batch, every", [(1, 1), (2, 3), (3, 1), (5, 7)])
+def test_rows_that_come_and_go_draw_what_they_draw_alone(model, batch, every):
+    counts = [20, 33, 5, 41, 1]
+    assert serve(model, batch, counts, every) == [alone(model, row, n) for row, n in enumerate(counts)]
+
+
+def test_rows_in_one_graph_are_the_same_to_the_bit_whatever_their_neighbours_do(device):
+    """Also where choices are near ties, since nothing but the neighbours differs."""
+    model = make_model(torch.float32, **SIZES, phi="mlp").eval().to(device)
+    graph = DecodeGraph(model, NSACache.for_model(model, 3, CAPACITY))
+    together = serve(model, 3, [30, 18, 25], 4, graph=graph)
+    for row in range(3):
+        graph.cache.reset()
+        if len(PROMPTS[row]) > 1:
+            prefill(model, [PROMPTS[row][:-1] if r == row else [] for r in range(3)], graph.cache)
+        graph.start(row, PROMPTS[row][-1], max_new_tokens=[30, 18, 25][row], **arguments_of(row))
+        graph.step(30)
+        (update,) = graph.collect()
+        assert update.finished and update.tokens == together[row]
+
+
+def test_a_stop_token_frees_its_row_for_the_next(model):
+    free = [alone(model, row, 30) for row in range(5)]
+    stop = free[2][4]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert serve(model, 2, [30] * 5, 4, stop_token=stop) == expected
+
+
+def test_steps_past_the_end_change_nothing(model):
+    graph = DecodeGraph(model, NSACache.for_model(model, 2, CAPACITY))
+    graph.start(1, 6, max_new_tokens=3)
+    graph.step(LOG + 10)
+    (update,) = graph.collect()
+    assert (update.row, len(update.tokens), update.finished, update.stopped) == (1, 3, True, False)
+    assert graph.cache.positions.tolist() == graph.cache.host_lengths == [0, 3]
+    assert graph.collect() == [] and graph.idle == [0, 1]
+
+
+def test_more_steps_than_the_device_keeps_lose_no_token(device):
+    model = sharp_model(device)
+    graph = DecodeGraph(model, NSACache.for_model(model, 1, 3 * LOG))
+    graph.start(0, 6, max_new_tokens=2 * LOG + 9)
+    graph.step(2 * LOG + 9)
+    (update,) = graph.collect()
+    assert update.tokens == generate(model, [[6]], max_new_tokens=2 * LOG + 9).tokens[0]
+
+
+def test_a_cancelled_row_keeps_what_it_drew(model):
+    expected = alone(model, 2, 30)
+    graph = DecodeGraph(model, NSACache.for_model(model, 2, CAPACITY))
+    prefill(model, [[], PROMPTS[2][:-1]], graph.cache)
+    graph.start(1, PROMPTS[2][-1], max_new_tokens=30, **arguments_of(2))
+    graph.step(11)
+    graph.cancel(1)
+    graph.step(3)
+    (update,) = graph.collect()
+    assert update == (1, expected[:11], True, False)
+    assert graph.cache.positions.tolist() == graph.cache.host_lengths == [0, len(PROMPTS[2]) + 10]
+    graph.start(1, expected[10], max_new_tokens=19, **arguments_of(2))  # and goes on where it was
+    graph.step(19)
+    assert graph.collect()[0].tokens == expected[11:]
+
+
+# --- speculative steps -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", range(1, 8))
+def test_verified_drafts_give_the_tokens_of_plain_steps(model, drafts):
+    """Drafts that are right up to a place that changes from step to step, in rows that differ in it."""
+    n = 60
+    expected = [alone(model, row, n) for row in range(3)]
+    graph = DecodeGraph(model, NSACache.for_model(model, 3, CAPACITY), drafts=drafts)
+    prefill(model, [ids[:-1] for ids in PROMPTS[:3]], graph.cache)
+    for row in range(3):
+        graph.start(row, PROMPTS[row][-1], max_new_tokens=n, **arguments_of(row))
+    texts, step, device = [[], [], []], 0, graph.cache.positions.device
+    while len(graph.idle) < 3:
+        guesses = torch.full((3, drafts), -1, dtype=torch.int64)
+        for row in range(3):
+            follow = expected[row][len(texts[row]) :][:drafts]
+            right = (step * (row + 2)) % (drafts + 1)
+            for i, token in enumerate(follow):
+                guesses[row, i] = token if i < right else (token + 1) % 31
+        graph.step(drafts=guesses.to(device))
+        for update in graph.collect():
+            right = min((step * (update.row + 2)) % (drafts + 1), drafts)
+            assert len(update.tokens) == min(right + 1, n - len(texts[update.row]))
+            texts[update.row] += update.tokens
+        step += 1
+    assert texts == expected
+    assert graph.cache.positions.tolist() == graph.cache.host_lengths == [len(ids) - 1 + n for ids in PROMPTS[:3]]
+
+
+def test_a_stop_token_among_verified_drafts_ends_the_row_there(model):
+    free = alone(model, 2, 20)
+    stop = free[5]
+    before = free.index(stop)
+    graph = DecodeGraph(model, NSACache.for_model(model, 1, CAPACITY), drafts=7)
+    prefill(model, [PROMPTS[2][:-1]], graph.cache)
+    graph.start(0, PROMPTS[2][-1], max_new_tokens=20, stop_token=stop, **arguments_of(2))
+    graph.step(drafts=torch.tensor([free[:7]], device=graph.cache.positions.device))
+    (update,) = graph.collect()
+    assert update == (0, free[:before], True, True)
+    assert graph.cache.positions.tolist() == graph.cache.host_lengths == [len(PROMPTS[2]) + before]
+
+
+@pytest.mark.parametrize("m", range(1, 9))
+def test_tokens_of_a_step_can_be_taken_back_to_any_of_them(model, m):
+    device = next(model.parameters()).device
+    ids = torch.randint(31, (m + 1, 40), generator=torch.Generator().manual_seed(0)).to(device)
+    guess = ids.clone()
+    cache = NSACache.for_model(model, m + 1, 40)
+    tolerance = 1e-9 if device.type == "cpu" else 1e-3
+    with torch.no_grad():
+        full = model(ids)
+        cache.reserve(17)
+        model(ids[:, :17], cache)
+        for row in range(m + 1):  # row r keeps r of m
+            guess[row, 17 + row : 17 + m] = (guess[row, 17 + row : 17 + m] + 1) % 31
+        cache.reserve(m)
+        logits = model(guess[:, 17 : 17 + m], cache)
+        cache.rollback([m - row for row in range(m + 1)])
+        assert cache.host_lengths == cache.positions.tolist() == [17 + row for row in range(m + 1)]
+        for row in range(m + 1):
+            torch.testing.assert_close(logits[row, :row], full[row, 17 : 17 + row], rtol=tolerance, atol=tolerance)
+        for step in range(10):
+            at = torch.arange(17, 18 + m, device=device) + step
+            row = torch.arange(m + 1, device=device)
+            logits = model(ids[row, at][:, None], cache)[:, 0]
+            torch.testing.assert_close(logits, full[row, at], rtol=tolerance, atol=tolerance)
+
+
+# --- prefill and cache -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "length, chunks",
+    [(0, []), (1, [4]), (4, [4]), (5, [4, 4]), (7, [4, 4]), (8, [16]), (17, [16, 4]), (40, [64]), (90, [64, 16, 16])],
+)
+def test_chunks_waste_at_most_half_of_one(length, chunks):
+    assert split_chunks(length, (64, 4, 16)) == chunks
+
+
+def test_prefill_graph_equals_one_call(model):
+    whole, chunked = (NSACache.for_model(model, 4, CAPACITY) for _ in range(2))
+    fill = PrefillGraph(model, chunked, sizes=(2, 8, 200))
+    assert fill.sizes == [2, 8, CAPACITY]
+    prompts = [[*ids, *ids, *ids] for ids in PROMPTS[:4]]
+    tolerance = 1e-9 if whole.positions.device.type == "cpu" else 1e-3
+    for _ in range(2):
+        torch.testing.assert_close(fill(prompts), prefill(model, prompts, whole), rtol=tolerance, atol=tolerance)
+    before = fill.logits.clone()
+    after = fill([[], [1], [], []])
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]]) and not torch.equal(after[1], before[1])
+    assert chunked.positions.tolist() == chunked.host_lengths
+
+
+def test_reset_of_some_rows_leaves_the_others(model):
+    cache = NSACache.for_model(model, 3, CAPACITY)
+    prefill(model, [[1, 2], [3, 4, 5], [6]], cache)
+    cache.reset([0, 2])
+    assert cache.positions.tolist() == cache.host_lengths == [0, 3, 0]
+    assert all(layer.positions.tolist() == [0, 3, 0] for layer in cache.layers)
+
+
+# --- what is refused, before anything is written ---------------------------------------------------------------------
+
+
+def refused(words: str, call, *args, **kwargs) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(*args, **kwargs)
+
+
+def test_wrong_arguments_are_refused():
+    model = sharp_model("cpu")
+    cache, other = NSACache.for_model(model, 2, 12), NSACache.for_model(model, 2, 13)
+    graph = DecodeGraph(model, cache)
+    graph.start(0, 1, max_new_tokens=3)
+    before = [tensor.clone() for tensor in cache.tensors()]
+    refused(r"row: expected one of the idle rows \[1\], got 0", graph.start, 0, 1, max_new_tokens=3)
+    refused(r"row: expected one of the idle rows \[1\], got 2", graph.start, 2, 1, max_new_tokens=3)
+    refused("token: expected a token id in 0 … 30, got -1", graph.start, 1, -1, max_new_tokens=3)
+    refused("token: expected a token id in 0 … 30, got 31", graph.start, 1, 31, max_new_tokens=3)
+    refused("rows: expected token ids in 0 … 30, got 0 … 31", PrefillGraph(model, other, sizes=(4,)), [[1, 31], []])
+    assert other.host_lengths == other.positions.tolist() == [0, 0]
+    refused("max_new_tokens: expected at least 1, got 0", graph.start, 1, 1, max_new_tokens=0)
+    refused(
+        r"max_new_tokens: .* at most 12 tokens \(the cache's capacity\), got 13", graph.start, 1, 1, max_new_tokens=12
+    )
+    refused("temperature: expected a finite number", graph.start, 1, 1, max_new_tokens=1, temperature=-1.0)
+    refused("top_p: expected a number in", graph.start, 1, 1, max_new_tokens=1, top_p=2)
+    refused(r"row: expected one of the decoding rows \[0\], got 1", graph.cancel, 1)
+    refused(r"drafts: expected int64 \(2, 0\)", graph.step, drafts=torch.zeros(2, 1, dtype=torch.int64))
+    refused("drafts: expected 0 … 7, got 8", DecodeGraph, model, cache, drafts=8)
+    refused(
+        r"capture: expected None or False \(the cache is on cpu\), got True", DecodeGraph, model, cache, capture=True
+    )
+    refused(r"sizes: expected numbers of at least 1, got \(\)", PrefillGraph, model, cache, sizes=())
+    refused("source: expected a cache of the same model", cache.copy_row, 0, other)
+    refused("row: expected 0 … 1, got 2", cache.copy_row, 2, cache)
+    refused("source_row: expected 0 … 1, got -1", cache.copy_row, 1, cache, -1)
+    refused("rows: expected 0 … 1, got 2", cache.reset, [0, 2])
+    refused(
+        "cache: expected None together with graph",
+        generate,
+        model,
+        [[1]] * 2,
+        max_new_tokens=1,
+        cache=cache,
+        graph=graph,
+    )
+    refused("graph: expected one whose rows are all idle", generate, model, [[1]] * 2, max_new_tokens=1, graph=graph)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors(), strict=True))
+
+
+def test_a_row_goes_back_eight_tokens_at_most():
+    model = sharp_model("cpu")
+    cache = NSACache.for_model(model, 2, 40)
+    prefill(model, [[1] * 20, [1] * 3], cache)
+    refused("counts: expected at most 8 tokens to take back from row 0, which holds 20 and held 20", cache.rollback, 9)
+    refused("counts: expected at most 3 tokens to take back from row 1", cache.rollback, [0, 4])
+    cache.rollback([5, 0])
+    refused("counts: expected at most 3 tokens to take back from row 0, which holds 15", cache.rollback, [4, 0])
+    cache.rollback([3, 3])
+    assert cache.positions.tolist() == cache.host_lengths == [12, 0]
+    refused("counts: expected 2 numbers of at least 0", cache.rollback, [1, -1])
+
+
+def test_a_graph_is_used_again_by_generate(device):
+    model = sharp_model(device)
+    graph = DecodeGraph(model, NSACache.for_model(model, 2, CAPACITY))
+    for _ in range(2):
+        graph.cache.reset()
+        got = generate(model, PROMPTS[:2], max_new_tokens=9, graph=graph)
+        assert got == generate(model, PROMPTS[:2], max_new_tokens=9)
