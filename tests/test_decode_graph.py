@@ -8,6 +8,7 @@ import torch
 from models import make_model
 
 from nsa_compile import DecodeGraph, NSACache, PrefillGraph, generate
+from nsa_compile.graphs.capture import captures_itself
 from nsa_compile.graphs.decode import LOG
 from nsa_compile.graphs.prefill import prefill, split_chunks
 
@@ -230,6 +231,30 @@ def test_reset_of_some_rows_leaves_the_others(model):
     cache.reset([0, 2])
     assert cache.positions.tolist() == cache.host_lengths == [0, 3, 0]
     assert all(layer.positions.tolist() == [0, 3, 0] for layer in cache.layers)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in place"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    "options, own",
+    [
+        ({}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"options": {"triton.cudagraphs": True}}, True),
+        ({"backend": "aot_eager"}, False),
+    ],
+    ids=str,
+)
+def test_models_that_run_in_cuda_graphs_of_their_own_are_known(options, own, fullgraph, in_place):
+    model = torch.nn.Linear(2, 2)
+    assert not captures_itself(model)
+    if in_place:
+        model.compile(fullgraph=fullgraph, **options)
+        assert captures_itself(model) == own
+    else:
+        assert captures_itself(torch.compile(model, fullgraph=fullgraph, **options)) == own
 
 
 # --- what is refused, before anything is written ---------------------------------------------------------------------

@@ -211,7 +211,7 @@ class NSACache:
                 layer.positions.zero_()
             else:
                 for row in chosen:
-                    layer.positions[row] = 0
+                    layer.positions[row : row + 1].zero_()
         for row in chosen:
             self.host_lengths[row] = self.host_peaks[row] = 0
 

@@ -1,10 +1,12 @@
 """Work as one CUDA graph: run until nothing compiles or allocates any more, then captured."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import innermost_backend
 
 WARM_UPS = 3
 
@@ -49,5 +51,10 @@ def new_pool(device: torch.device) -> Any:
 def captures_itself(model: nn.Module) -> bool:
     """Whether the model was compiled to run in CUDA graphs of its own."""
     compiled = getattr(model, "_compiled_call_impl", None) or model
-    options = getattr(compiled, "get_compiler_config", lambda: None)() or {}
+    ask = getattr(compiled, "get_compiler_config", None)
+    if ask is None:
+        return False
+    context = inspect.getclosurevars(ask).nonlocals["self"]  # what it answers leaves out fullgraph=True
+    backend = innermost_backend(context.callback)
+    options = backend.get_compiler_config() if hasattr(backend, "get_compiler_config") else {}
     return bool(options.get("triton.cudagraphs", False))

@@ -130,7 +130,7 @@ class DecodeGraph:
             (self._temperature, temperature), (self._top_p, top_p), (self._seed, seed), (self._active, True),
         )  # fmt: skip
         for tensor, value in values:
-            tensor[row] = value
+            tensor[row : row + 1].fill_(value)  # unlike an assignment, without a stop of the host
         self._rows[row] = _Row(max_new_tokens, stop_token, temperature > 0, [])
 
     def cancel(self, row: int) -> None:
@@ -138,7 +138,7 @@ class DecodeGraph:
         if row not in self._rows:
             raise ValueError(f"row: expected one of the decoding rows {sorted(self._rows)}, got {row}")
         self._drain()
-        self._active[row] = False
+        self._active[row : row + 1].fill_(False)
         self._rows[row].left = 0
 
     def step(self, n: int = 1, *, drafts: Tensor | None = None) -> None:
