@@ -241,6 +241,17 @@ def test_gradients_of_one_output_alone(branch, wanted, launches):
     )  # fmt: skip
 
 
+def check_choice(blocks: Tensor, shape: Shape) -> None:
+    """The blocks [b, t, g, n_sel] of queries from position 0 on are ascending, unique and past, the forced ones in."""
+    last = torch.arange(blocks.shape[1], device=DEVICE)[:, None, None] // shape.l_sel
+    block = torch.arange(int(last.max()) + 1, device=DEVICE)
+    forced = (block <= last) & ((block < shape.init_blocks) | (block > last - shape.local_blocks))
+    assert ((blocks[..., None] == block).any(-2) | ~forced).all()
+    assert ((blocks >= -1) & (blocks <= last)).all()
+    assert ((blocks[..., 1:] > blocks[..., :-1]) | (blocks[..., 1:] < 0)).all()
+    assert ((blocks >= 0).sum(-1, keepdim=True) == (last + 1).clamp_max(shape.n_sel)).all()
+
+
 @every_case
 def test_choice_of_blocks(case, launches):
     x = case.draw()
@@ -267,6 +278,31 @@ def test_choice_for_one_chunk_of_queries_after_another(launches, monkeypatch):
     x = case.draw()
     assert torch.equal(choose(case, x, "triton"), choose(case, x))
     assert launches.of("block_choice") > 2
+
+
+def test_garbage_sequences_keep_the_scores_of_a_chunk_in_the_scratch(launches, monkeypatch):
+    """The sequences promise 192 compressed tokens of 128; the interpreter and guard zones see where scores are kept."""
+    guarded, empty, guard = [], torch.empty, 2**16
+
+    def guarded_empty(*size, **how):
+        if len(size) > 1 or how.get("dtype") != torch.float32:
+            return empty(*size, **how)
+        guarded.append(torch.full((guard + size[0] + guard,), 7.0, device=how["device"]))
+        return guarded[-1][guard:-guard]
+
+    shape, t = Shape(1, 1, 4, 4, g=1, h=1, d_k=256, d_v=8), 128
+    q, k_cmp = (x.to(DEVICE) for x in draw_inputs(shape, t, dtype=torch.float32)[:2])
+    lse, cu_seqlens = torch.zeros(1, t, 1, device=DEVICE), int32(-64, 0, t).to(DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", guarded_empty)
+        blocks = block_choice.select_blocks(
+            q, k_cmp, lse, **shape.choice, q_start=None, cu_seqlens=cu_seqlens, scale=0.3, scratch=2**14
+        )
+    assert launches.of("block_choice") > 2
+    (scratch,) = guarded
+    assert (scratch[:guard] == 7.0).all()
+    assert (scratch[-guard:] == 7.0).all()
+    check_choice(blocks, shape)
 
 
 def test_choice_among_more_blocks_than_one_tile_holds(launches):
