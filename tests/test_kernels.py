@@ -272,6 +272,16 @@ def test_choice_among_equal_scores_takes_the_first_blocks(launches):
     assert launches.of("block_choice") > 0
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_choice_by_nan_scores_forces_the_forced_blocks_and_takes_the_first_others(impl):
+    shape, t = Shape(8, 4, 16, 4, g=2, h=3, d_k=12, d_v=20), 150
+    x = Inputs(*(y.to(DEVICE) for y in draw_inputs(shape, t, dtype=torch.float32)))
+    blocks = choose(Case(shape, t), x._replace(q=torch.full_like(x.q, NAN)), impl)
+    check_choice(blocks, shape)
+    last = torch.arange(t, device=DEVICE)[:, None] // shape.l_sel
+    assert (blocks[0, ..., 1] == last.clamp_max(1)).where(last > 0, True).all()
+
+
 def test_choice_for_one_chunk_of_queries_after_another(launches, monkeypatch):
     monkeypatch.setattr(block_choice, "select_blocks", partial(block_choice.select_blocks, scratch=2**14))
     case = Case(SMALL.shape, t=151)
