@@ -16,6 +16,8 @@ import torch
 from cases import Inputs, Shape, draw, draw_inputs, int32
 from launches import Launches, find_kernels, watch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from nsa_compile import (
     compress_mean,
@@ -313,6 +315,17 @@ def test_garbage_sequences_keep_the_scores_of_a_chunk_in_the_scratch(launches, m
     assert (scratch[:guard] == 7.0).all()
     assert (scratch[-guard:] == 7.0).all()
     check_choice(blocks, shape)
+
+
+def test_more_groups_take_no_more_chunks(monkeypatch):
+    grids = {4: [], 16: []}
+    for g, launched in grids.items():
+        for kind in (JITFunction, InterpretedFunction):
+            monkeypatch.setattr(kind, "run", lambda *args, grid, launched=launched, **how: launched.append(grid))
+        q, k_cmp = torch.zeros(1, 2**15, g, 8), torch.zeros(1, 2**11 - 1, g, 8)
+        lse, sizes = q[..., 0], Shape(32, 16, 64, 16).choice
+        block_choice.select_blocks(q, k_cmp, lse, **sizes, q_start=None, cu_seqlens=None, scale=1.0)
+    assert len(grids[16]) == len(grids[4]) > 2
 
 
 def test_choice_among_more_blocks_than_one_tile_holds(launches):

@@ -162,8 +162,9 @@ def _top_blocks_kernel(
     choose_blocks(p, count, last, out, N, NP, A, AP, M, INIT, LOCAL, ALIGNED, TEAMS, TEAM)
 
 
-SCRATCH = 2048
-"""Bytes per query of the whole that the probabilities of one chunk of queries may take, if over 64 MiB."""
+SCRATCH = 512
+"""Bytes that the probabilities of one chunk may take for every query of the call and every group (of at least 4), if
+over 64 MiB in all: so that more groups are no more chunks."""
 TEAM = 8
 """Blocks of a team, of which its best stands for it while the best teams are sought."""
 
@@ -185,7 +186,7 @@ def select_blocks(
     columns, keys = (128, 64) if bytes_per_row <= 256 else (64, 64) if bytes_per_row <= 512 else (16, 32)
     tokens = max(1, columns // HP)
     is_aligned, tiles = cu_seqlens is None and keys % A == 0, key_tiles(k_cmp, keys, DK) if c > 0 else None
-    scratch = scratch or max(2**26, SCRATCH * b * t)
+    scratch = scratch or max(2**26, SCRATCH * b * t * max(4, g))
     chunks = list(_chunks(t, c, None if q_start is not None else d, tokens, keys, scratch // (4 * b * g)))
     most = max(triton.cdiv(size, tokens) * tokens * width for _, size, width in chunks)
     p = torch.empty(b * g * most, dtype=torch.float32, device=q.device)
