@@ -24,6 +24,7 @@ from nsa_compile.custom_ops.kernels.tiles import (
     padded,
     row_major,
 )
+from nsa_compile.ops.selection import number_of_blocks
 
 
 @triton.jit
@@ -177,8 +178,6 @@ def select_blocks(
     q, k_cmp, lse = row_major(q), aligned(k_cmp), lse.contiguous()
     (b, t, n, d_k), (c, g) = q.shape, k_cmp.shape[1:3]
     h, DK, A, M = n // g, padded(d_k), l_sel // d, l // d
-    tokens_in_keys = c * d + l - 1 if q_start is not None else t
-    blocks = max(1, triton.cdiv(tokens_in_keys, l_sel))
     intervals = compressed_intervals(q, c, l, d, q_start, cu_seqlens)
     position = query_places(q, 2**31 - 1, q_start, cu_seqlens).position
     indices = torch.empty(b, t, g, n_sel, dtype=torch.int32, device=q.device)
@@ -198,7 +197,7 @@ def select_blocks(
                 *q.stride()[:3], H=h, HP=HP, D_K=d_k, DK=DK, TOKENS=tokens, BN=keys, ALIGNED=is_aligned,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
-        candidates = blocks if q_start is not None else triton.cdiv(first + size, l_sel)
+        candidates = number_of_blocks(first + size, c, l=l, d=d, l_sel=l_sel, static=q_start is not None)
         teams = min(4096, padded(triton.cdiv(candidates, TEAM), 32))
         _top_blocks_kernel[(size, g, b)](
             p, position, *intervals, indices, first, chunk, t, width, g, candidates,
@@ -212,7 +211,7 @@ def select_blocks(
 def _chunks(t: int, c: int, d: int | None, tokens: int, keys: int, elements: int) -> Iterator[tuple[int, int, int]]:
     """Chunks (first query, size, compressed tokens to score) of t queries, of about `elements` scores each.
 
-    The query at t sees none of the c compressed tokens from t / d on, where d is given.
+    The query at t sees none of the c compressed tokens from (t + 1) / d on, where d is given.
     """
 
     def width(end: int) -> int:
