@@ -198,12 +198,13 @@ def select_blocks(
                 num_warps=4, num_stages=1,
             )  # fmt: skip
         candidates = number_of_blocks(first + size, c, l=l, d=d, l_sel=l_sel, static=q_start is not None)
-        teams = min(4096, padded(triton.cdiv(candidates, TEAM), 32))
+        teams, NP, AP = min(4096, padded(triton.cdiv(candidates, TEAM), 32)), padded(n_sel, 1), padded(A, 1)
+        team = padded(triton.cdiv(candidates, teams), 2)
+        scores = max(teams, team * NP) * AP  # at once: of a block of every team, then of the best teams' blocks
         _top_blocks_kernel[(size, g, b)](
             p, position, *intervals, indices, first, chunk, t, width, g, candidates,
-            N=n_sel, NP=padded(n_sel, 1), L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks,
-            ALIGNED=is_aligned, TEAMS=teams, TEAM=padded(triton.cdiv(candidates, teams), 2),
-            num_warps=min(8, max(1, teams * padded(A, 1) // 2048)),
+            N=n_sel, NP=NP, L_SEL=l_sel, A=A, AP=AP, M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
+            TEAMS=teams, TEAM=team, num_warps=min(8, max(1, scores // 2048)),
         )  # fmt: skip
     return indices
 
