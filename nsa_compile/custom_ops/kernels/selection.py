@@ -40,9 +40,8 @@ class Places(NamedTuple):
     first: Tensor
 
     def span(self) -> tuple[Tensor, Tensor]:
-        """Start and end of the keys up to each query: from key 0, as blocks keep to their sequence; none for none."""
-        end = torch.where(self.position < 0, 0, self.first + self.position + 1)
-        return torch.zeros_like(end), end
+        """Start and end of the keys of each query's sequence up to its own; none for none."""
+        return self.first, torch.where(self.position < 0, 0, self.first + self.position + 1)
 
 
 def query_places(q: Tensor, s: int, q_start: Tensor | None, cu_seqlens: Tensor | None) -> Places:
