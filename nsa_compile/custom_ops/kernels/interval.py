@@ -333,7 +333,6 @@ def interval_attention_backward(
     if s == 0:
         return q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    dq_tiles, dkv_tiles = tiles or backward_tiles(q, DK, DV)
     sizes = {"H": h, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
@@ -341,15 +340,16 @@ def interval_attention_backward(
         grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *intervals, None, 0, scale)
     else:
         grad_q = q.new_empty(q.shape)
-        rows, keys, warps, stages = dq_tiles
+        rows, keys, warps, stages = tiles[0] if tiles else backward_tiles(q, DK, DV)[0]
         _interval_bwd_dq_kernel[(triton.cdiv(t * h, rows), g, b)](
             q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *intervals, grad_o, lse2, delta, grad_q, scale,
             t, n, *strides, **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    rows, keys, warps, stages = dkv_tiles
     on_hopper = tiles is None and hopper_backward.sums_keys(q, d_k, d_v, h, scale, listed=False)
     if on_hopper:
         rows, keys = hopper.ROWS, hopper.KEYS
+    else:
+        rows, keys, warps, stages = tiles[1] if tiles else backward_tiles(q, DK, DV)[1]
     columns = triton.cdiv(s, keys)
     parts = parts or max(1, min(16, 2048 // (columns * g * b), triton.cdiv(t * h, 4 * rows)))
     whole = parts == 1

@@ -479,7 +479,6 @@ def selected_attention_backward(
     width = max(DK, DV)
     on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper_backward.sums_queries(q, d_k, d_v)
     tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, width * q.element_size())
-    dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width)[1], gather_tiles(q, h, l_sel, width))
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
@@ -491,7 +490,7 @@ def selected_attention_backward(
         grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *places.span(), unions, l_sel, scale)
     else:
         grad_q = q.new_empty(q.shape)
-        rows, keys, warps, stages = dq_tiles
+        rows, keys, warps, stages = tiles[0] if tiles else union_tiles(q, tokens * h, l_sel, width)[1]
         _selected_bwd_dq_kernel[(triton.cdiv(t, tokens), g, b)](
             q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, grad_o, lse2, delta,
             grad_q, scale, t, s, n, *strides, **sizes,
@@ -506,7 +505,7 @@ def selected_attention_backward(
             q, k, v, grad_o, lse2, delta, *places, sum_k, sum_v, scale, index=index, item=ITEM, l_sel=l_sel
         )
     else:
-        rows, keys, warps, stages = dkv_tiles
+        rows, keys, warps, stages = tiles[1] if tiles else gather_tiles(q, h, l_sel, width)
         _selected_bwd_dkv_kernel[(items, triton.cdiv(l_sel, keys))](
             q, k, v, *places, *index, grad_o, lse2, delta, sum_k, sum_v, scale, t, s, n, g, b * g * s, *strides,
             **sizes, ITEM=ITEM, TOKENS=max(1, rows // h), TOKENS_PAD=padded(rows // h, 1), BM=rows, BN=keys,
