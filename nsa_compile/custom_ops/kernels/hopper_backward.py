@@ -385,6 +385,7 @@ def _store_keys(
 
 def sums_queries(q: Tensor, d_k: int, d_v: int) -> bool:
     """Whether `sum_queries_kernel` runs on this device, takes these sizes and is faster than the Triton kernels."""
+    # measured on an H200: 10 % faster than in Triton where a tile is 128 channels wide, slower where it is 64
     return takes(q, d_k, d_v) and max(tile_widths(d_k, d_v)) == 128
 
 
