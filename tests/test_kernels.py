@@ -531,6 +531,22 @@ def test_no_value_of_an_index_reaches_other_memory(where, launches):
     )
 
 
+def test_more_rows_than_a_grid_holds_are_refused(launches):
+    x, how = torch.zeros(2**16, 1, 1, 1, device=DEVICE), {"impl": "triton"}
+    blocks, two = x.int(), torch.zeros(2**15, 1, 2, 1, device=DEVICE)
+    calls = [
+        lambda: compress_mean(x, l=1, d=1, **how),
+        lambda: compressed_attention(x, x, x, l=1, d=1, **how),
+        lambda: select_blocks(x, x, x[..., 0], l=1, d=1, l_sel=1, n_sel=1, init_blocks=0, local_blocks=1, **how),
+        lambda: selected_attention(x, x, x, blocks, l_sel=1, **how),
+        lambda: OPS.window_attention_backward(two, None, two, two[..., 0], two, two, two, 1, None, None, 1.0, "triton"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^[qk]: expected at most 65535 rows .*, got 65536"):
+            call()
+    assert launches.total() == 0
+
+
 def test_auto_means_the_reference_on_the_cpu(launches):
     x = draw_inputs(SMALL.shape, 20, dtype=torch.float32)
     nsa_attention(*x, **SMALL.shape.everything)

@@ -17,6 +17,7 @@ from nsa_compile.custom_ops.kernels.selection import query_places
 from nsa_compile.custom_ops.kernels.tiles import (
     LOG2E,
     aligned,
+    check_grid,
     dot,
     gather_rows,
     key_tiles,
@@ -177,6 +178,7 @@ def select_blocks(
     """The blocks each query and group attends to: int32 [b, t, g, n_sel], ascending, -1 in unused slots."""
     q, k_cmp, lse = row_major(q), aligned(k_cmp), lse.contiguous()
     (b, t, n, d_k), (c, g) = q.shape, k_cmp.shape[1:3]
+    check_grid("q", "rows or groups", max(b, g))
     h, DK, A, M = n // g, padded(d_k), l_sel // d, l // d
     intervals = compressed_intervals(q, c, l, d, q_start, cu_seqlens)
     position = query_places(q, 2**31 - 1, q_start, cu_seqlens).position

@@ -18,6 +18,7 @@ from nsa_compile.custom_ops.kernels.tiles import (
     Tiles,
     accumulate,
     aligned,
+    check_grid,
     dot,
     finite,
     gather_rows,
@@ -304,6 +305,7 @@ def interval_attention(
     """Attention of each query to its interval of keys: o [b, t, n, d_v], LSE fp32 [b, t, n]."""
     q, k, v = row_major(q), aligned(k), aligned(v)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows or groups", max(b, g))
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     if s == 0:
         return o.zero_(), lse.fill_(float("-inf"))
@@ -330,6 +332,7 @@ def interval_attention_backward(
     """
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows times groups", b * g)
     if s == 0:
         return q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     h, DK, DV = n // g, padded(d_k), padded(d_v)

@@ -18,6 +18,7 @@ from nsa_compile.custom_ops.kernels.tiles import (
     Tiles,
     accumulate,
     aligned,
+    check_grid,
     dot,
     finite,
     gather_rows,
@@ -440,6 +441,7 @@ def selected_attention(
     """Attention of each query to the tokens up to its own of its blocks: o [b, t, n, d_v], LSE fp32 [b, t, n]."""
     q, k, v = row_major(q), aligned(k), aligned(v)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows or groups", max(b, g))
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper.takes(q, d_k, d_v)
@@ -475,6 +477,7 @@ def selected_attention_backward(
     """Gradients (dq, dk, dv) of `selected_attention`."""
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows or groups", max(b, g))
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     width = max(DK, DV)
     on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper_backward.sums_queries(q, d_k, d_v)
