@@ -19,7 +19,7 @@ from nsa_compile import (
     selected_attention,
     selection_ranges,
 )
-from nsa_compile.ops.selection import compression_probabilities, group_scores, selection_scores
+from nsa_compile.ops.selection import choose_blocks, compression_probabilities, group_scores, selection_scores
 
 SETTINGS = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -192,6 +192,13 @@ def test_forced_blocks_beat_higher_scores():
     scores = [0, 0, 5, 5, 5, 0, 0, 0]
     assert choose(scores, 23, n_sel=4, init_blocks=2, local_blocks=2) == [0, 1, 6, 7]
     assert choose(scores, 23, n_sel=5, init_blocks=2, local_blocks=2) == [0, 1, 2, 6, 7]
+
+
+@pytest.mark.parametrize(("broken", "best"), [(float("nan"), 4), (float("inf"), 3)], ids=["nan", "inf"])
+def test_forced_blocks_beat_scores_that_are_no_numbers(broken, best):
+    p_grp, position = torch.tensor([0, 1, 2, broken, 3, broken, 0, 0]).view(1, 1, 1, 8), torch.tensor([[23]])
+    for n_sel, expected in ((3, [0, 6, 7]), (4, [0, best, 6, 7])):
+        assert choose_blocks(p_grp, position, l_sel=3, n_sel=n_sel).flatten().tolist() == expected
 
 
 def test_no_initial_blocks_may_be_forced():

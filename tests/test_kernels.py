@@ -16,6 +16,8 @@ import torch
 from cases import Inputs, Shape, draw, draw_inputs, int32
 from launches import Launches, find_kernels, watch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from nsa_compile import (
     compress_mean,
@@ -241,6 +243,17 @@ def test_gradients_of_one_output_alone(branch, wanted, launches):
     )  # fmt: skip
 
 
+def check_choice(blocks: Tensor, shape: Shape) -> None:
+    """The blocks [b, t, g, n_sel] of queries from position 0 on are ascending, unique and past, the forced ones in."""
+    last = torch.arange(blocks.shape[1], device=DEVICE)[:, None, None] // shape.l_sel
+    block = torch.arange(int(last.max()) + 1, device=DEVICE)
+    forced = (block <= last) & ((block < shape.init_blocks) | (block > last - shape.local_blocks))
+    assert ((blocks[..., None] == block).any(-2) | ~forced).all()
+    assert ((blocks >= -1) & (blocks <= last)).all()
+    assert ((blocks[..., 1:] > blocks[..., :-1]) | (blocks[..., 1:] < 0)).all()
+    assert ((blocks >= 0).sum(-1, keepdim=True) == (last + 1).clamp_max(shape.n_sel)).all()
+
+
 @every_case
 def test_choice_of_blocks(case, launches):
     x = case.draw()
@@ -261,12 +274,58 @@ def test_choice_among_equal_scores_takes_the_first_blocks(launches):
     assert launches.of("block_choice") > 0
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_choice_by_nan_scores_forces_the_forced_blocks_and_takes_the_first_others(impl):
+    shape, t = Shape(8, 4, 16, 4, g=2, h=3, d_k=12, d_v=20), 150
+    x = Inputs(*(y.to(DEVICE) for y in draw_inputs(shape, t, dtype=torch.float32)))
+    blocks = choose(Case(shape, t), x._replace(q=torch.full_like(x.q, NAN)), impl)
+    check_choice(blocks, shape)
+    last = torch.arange(t, device=DEVICE)[:, None] // shape.l_sel
+    assert (blocks[0, ..., 1] == last.clamp_max(1)).where(last > 0, True).all()
+
+
 def test_choice_for_one_chunk_of_queries_after_another(launches, monkeypatch):
     monkeypatch.setattr(block_choice, "select_blocks", partial(block_choice.select_blocks, scratch=2**14))
     case = Case(SMALL.shape, t=151)
     x = case.draw()
     assert torch.equal(choose(case, x, "triton"), choose(case, x))
     assert launches.of("block_choice") > 2
+
+
+def test_garbage_sequences_keep_the_scores_of_a_chunk_in_the_scratch(launches, monkeypatch):
+    """The sequences promise 192 compressed tokens of 128; the interpreter and guard zones see where scores are kept."""
+    guarded, empty, guard = [], torch.empty, 2**16
+
+    def guarded_empty(*size, **how):
+        if len(size) > 1 or how.get("dtype") != torch.float32:
+            return empty(*size, **how)
+        guarded.append(torch.full((guard + size[0] + guard,), 7.0, device=how["device"]))
+        return guarded[-1][guard:-guard]
+
+    shape, t = Shape(1, 1, 4, 4, g=1, h=1, d_k=256, d_v=8), 128
+    q, k_cmp = (x.to(DEVICE) for x in draw_inputs(shape, t, dtype=torch.float32)[:2])
+    lse, cu_seqlens = torch.zeros(1, t, 1, device=DEVICE), int32(-64, 0, t).to(DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", guarded_empty)
+        blocks = block_choice.select_blocks(
+            q, k_cmp, lse, **shape.choice, q_start=None, cu_seqlens=cu_seqlens, scale=0.3, scratch=2**14
+        )
+    assert launches.of("block_choice") > 2
+    (scratch,) = guarded
+    assert (scratch[:guard] == 7.0).all()
+    assert (scratch[-guard:] == 7.0).all()
+    check_choice(blocks, shape)
+
+
+def test_more_groups_take_no_more_chunks(monkeypatch):
+    grids = {4: [], 16: []}
+    for g, launched in grids.items():
+        for kind in (JITFunction, InterpretedFunction):
+            monkeypatch.setattr(kind, "run", lambda *args, grid, launched=launched, **how: launched.append(grid))
+        q, k_cmp = torch.zeros(1, 2**15, g, 8), torch.zeros(1, 2**11 - 1, g, 8)
+        lse, sizes = q[..., 0], Shape(32, 16, 64, 16).choice
+        block_choice.select_blocks(q, k_cmp, lse, **sizes, q_start=None, cu_seqlens=None, scale=1.0)
+    assert len(grids[16]) == len(grids[4]) > 2
 
 
 def test_choice_among_more_blocks_than_one_tile_holds(launches):
@@ -470,6 +529,22 @@ def test_no_value_of_an_index_reaches_other_memory(where, launches):
     assert (
         launches.of("interval", "hopper", "hopper_backward") and launches.of("selection") and launches.of("compression")
     )
+
+
+def test_more_rows_than_a_grid_holds_are_refused(launches):
+    x, how = torch.zeros(2**16, 1, 1, 1, device=DEVICE), {"impl": "triton"}
+    blocks, two = x.int(), torch.zeros(2**15, 1, 2, 1, device=DEVICE)
+    calls = [
+        lambda: compress_mean(x, l=1, d=1, **how),
+        lambda: compressed_attention(x, x, x, l=1, d=1, **how),
+        lambda: select_blocks(x, x, x[..., 0], l=1, d=1, l_sel=1, n_sel=1, init_blocks=0, local_blocks=1, **how),
+        lambda: selected_attention(x, x, x, blocks, l_sel=1, **how),
+        lambda: OPS.window_attention_backward(two, None, two, two[..., 0], two, two, two, 1, None, None, 1.0, "triton"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^[qk]: expected at most 65535 rows .*, got 65536"):
+            call()
+    assert launches.total() == 0
 
 
 def test_auto_means_the_reference_on_the_cpu(launches):

@@ -61,13 +61,14 @@ def choose_blocks(
 ) -> Tensor:
     """Forced blocks, then the highest scores, lower index first on ties (Eq. 11): int32 [b, t, g, n_sel].
 
-    p_grp [b, t, g, n_blocks], position [b, t]. Ascending; -1 in the unused slots, which stand last.
+    p_grp [b, t, g, n_blocks], NaN counting as 0; position [b, t]. Ascending; -1 in the unused slots, which stand last.
     """
     block = torch.arange(p_grp.shape[-1], device=p_grp.device)
     last = (position // l_sel)[..., None, None]
     candidate = block <= last
     forced = candidate & ((block < init_blocks) | (block > last - local_blocks))
-    scores = p_grp.masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))
+    scores = p_grp.nan_to_num(0.0)  # finite, so that nothing passes the forced blocks
+    scores = scores.masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))
     order = torch.sort(scores, dim=-1, descending=True, stable=True)
     unused = p_grp.shape[-1]  # sorts behind every block
     chosen = order.indices.masked_fill(order.values == float("-inf"), unused)[..., :n_sel]

@@ -17,6 +17,7 @@ from nsa_compile.custom_ops.kernels.selection import query_places
 from nsa_compile.custom_ops.kernels.tiles import (
     LOG2E,
     aligned,
+    check_grid,
     dot,
     gather_rows,
     key_tiles,
@@ -24,6 +25,7 @@ from nsa_compile.custom_ops.kernels.tiles import (
     padded,
     row_major,
 )
+from nsa_compile.ops.selection import number_of_blocks
 
 
 @triton.jit
@@ -162,8 +164,9 @@ def _top_blocks_kernel(
     choose_blocks(p, count, last, out, N, NP, A, AP, M, INIT, LOCAL, ALIGNED, TEAMS, TEAM)
 
 
-SCRATCH = 2048
-"""Bytes per query of the whole that the probabilities of one chunk of queries may take, if over 64 MiB."""
+SCRATCH = 512
+"""Bytes that the probabilities of one chunk may take for every query of the call and every group (of at least 4), if
+over 64 MiB in all: so that more groups are no more chunks."""
 TEAM = 8
 """Blocks of a team, of which its best stands for it while the best teams are sought."""
 
@@ -175,9 +178,8 @@ def select_blocks(
     """The blocks each query and group attends to: int32 [b, t, g, n_sel], ascending, -1 in unused slots."""
     q, k_cmp, lse = row_major(q), aligned(k_cmp), lse.contiguous()
     (b, t, n, d_k), (c, g) = q.shape, k_cmp.shape[1:3]
+    check_grid("q", "rows or groups", max(b, g))
     h, DK, A, M = n // g, padded(d_k), l_sel // d, l // d
-    tokens_in_keys = c * d + l - 1 if q_start is not None else t
-    blocks = max(1, triton.cdiv(tokens_in_keys, l_sel))
     intervals = compressed_intervals(q, c, l, d, q_start, cu_seqlens)
     position = query_places(q, 2**31 - 1, q_start, cu_seqlens).position
     indices = torch.empty(b, t, g, n_sel, dtype=torch.int32, device=q.device)
@@ -185,7 +187,7 @@ def select_blocks(
     columns, keys = (128, 64) if bytes_per_row <= 256 else (64, 64) if bytes_per_row <= 512 else (16, 32)
     tokens = max(1, columns // HP)
     is_aligned, tiles = cu_seqlens is None and keys % A == 0, key_tiles(k_cmp, keys, DK) if c > 0 else None
-    scratch = scratch or max(2**26, SCRATCH * b * t)
+    scratch = scratch or max(2**26, SCRATCH * b * t * max(4, g))
     chunks = list(_chunks(t, c, None if q_start is not None else d, tokens, keys, scratch // (4 * b * g)))
     most = max(triton.cdiv(size, tokens) * tokens * width for _, size, width in chunks)
     p = torch.empty(b * g * most, dtype=torch.float32, device=q.device)
@@ -197,13 +199,14 @@ def select_blocks(
                 *q.stride()[:3], H=h, HP=HP, D_K=d_k, DK=DK, TOKENS=tokens, BN=keys, ALIGNED=is_aligned,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
-        candidates = blocks if q_start is not None else triton.cdiv(first + size, l_sel)
-        teams = min(4096, padded(triton.cdiv(candidates, TEAM), 32))
+        candidates = number_of_blocks(first + size, c, l=l, d=d, l_sel=l_sel, static=q_start is not None)
+        teams, NP, AP = min(4096, padded(triton.cdiv(candidates, TEAM), 32)), padded(n_sel, 1), padded(A, 1)
+        team = padded(triton.cdiv(candidates, teams), 2)
+        scores = max(teams, team * NP) * AP  # at once: of a block of every team, then of the best teams' blocks
         _top_blocks_kernel[(size, g, b)](
             p, position, *intervals, indices, first, chunk, t, width, g, candidates,
-            N=n_sel, NP=padded(n_sel, 1), L_SEL=l_sel, A=A, AP=padded(A, 1), M=M, INIT=init_blocks, LOCAL=local_blocks,
-            ALIGNED=is_aligned, TEAMS=teams, TEAM=padded(triton.cdiv(candidates, teams), 2),
-            num_warps=min(8, max(1, teams * padded(A, 1) // 2048)),
+            N=n_sel, NP=NP, L_SEL=l_sel, A=A, AP=AP, M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
+            TEAMS=teams, TEAM=team, num_warps=min(8, max(1, scores // 2048)),
         )  # fmt: skip
     return indices
 
@@ -211,7 +214,7 @@ def select_blocks(
 def _chunks(t: int, c: int, d: int | None, tokens: int, keys: int, elements: int) -> Iterator[tuple[int, int, int]]:
     """Chunks (first query, size, compressed tokens to score) of t queries, of about `elements` scores each.
 
-    The query at t sees none of the c compressed tokens from t / d on, where d is given.
+    The query at t sees none of the c compressed tokens from (t + 1) / d on, where d is given.
     """
 
     def width(end: int) -> int:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_compile.custom_ops.kernels.tiles import padded, row_major
+from nsa_compile.custom_ops.kernels.tiles import check_grid, padded, row_major
 from nsa_compile.ops.layout import compressed_ends, compressed_slots, num_cmp, query_layout, sequence_of
 
 
@@ -64,6 +64,7 @@ def compress_mean(k: Tensor, l: int, d: int, cu_seqlens: Tensor | None) -> Tenso
     """Means of the blocks: [b, num_cmp(s), g, x]; packed: [1, s // d, g, x], unused slots 0."""
     k = row_major(k)
     b, s, g, x = k.shape
+    check_grid("k", "rows or groups", max(b, g))
     c = num_cmp(s, l, d) if cu_seqlens is None else s // d
     out = k.new_empty(b, c, g, x)
     if c == 0:
@@ -85,6 +86,7 @@ def compress_mean_backward(grad: Tensor, s: int, l: int, d: int, cu_seqlens: Ten
     """Gradient [b, s, g, x]."""
     grad = row_major(grad)
     b, c, g, x = grad.shape
+    check_grid("grad", "rows or groups", max(b, g))
     out = grad.new_empty(b, s, g, x)
     position = slots = counts = grad
     if cu_seqlens is not None:

@@ -43,7 +43,7 @@ def _load_values(x, row, t, n, other, H: gl.constexpr):
 
 
 @gluon.jit
-def _load_keys(k_tiles, v_tiles, k_buffers, v_buffers, ready, i, b, g, key, pred):
+def _load_keys_and_values(k_tiles, v_tiles, k_buffers, v_buffers, ready, i, b, g, key, pred):
     """Load the tile i of keys and values into one of the 3 places for keys and one of the 2 for values."""
     barrier = ready.index(i & 1)
     mbarrier.expect(barrier, k_tiles.block_type.nbytes + v_tiles.block_type.nbytes, pred=pred)
@@ -137,10 +137,10 @@ def sum_queries_kernel(
     key, bits, key1, bits1, key2, bits2 = 0, 0, 0, 0, 0, 0
     if tiles > 0:
         key, bits = find_tile(0, entries, masked, tails, tail, heads, head, body, CAPACITY, PIECES)
-    _load_keys(k_tiles, v_tiles, k_buffers, v_buffers, ready, 0, b, g, key, tiles > 0)
+    _load_keys_and_values(k_tiles, v_tiles, k_buffers, v_buffers, ready, 0, b, g, key, tiles > 0)
     if tiles > 1:
         key1, bits1 = find_tile(1, entries, masked, tails, tail, heads, head, body, CAPACITY, PIECES)
-    _load_keys(k_tiles, v_tiles, k_buffers, v_buffers, ready, 1, b, g, key1, tiles > 1)
+    _load_keys_and_values(k_tiles, v_tiles, k_buffers, v_buffers, ready, 1, b, g, key1, tiles > 1)
     if tiles > 2:
         key2, bits2 = find_tile(2, entries, masked, tails, tail, heads, head, body, CAPACITY, PIECES)
     q_shared_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, DK], dtype)
@@ -169,7 +169,7 @@ def sum_queries_kernel(
                 ds = _hide(ds, k_shared, key_start, key_end, row, key, bits, t, k_rows, H, DK, LISTED)
             ds, acc = warpgroup_mma_wait(0, [ds, acc_token])
             ds = gl.convert_layout(ds.to(dtype), ds_layout)
-            _load_keys(k_tiles, v_tiles, k_buffers, v_buffers, ready, i + 2, b, g, key2, i + 2 < tiles)
+            _load_keys_and_values(k_tiles, v_tiles, k_buffers, v_buffers, ready, i + 2, b, g, key2, i + 2 < tiles)
             mbarrier.wait(ready.index((i + 1) & 1), ((i + 1) >> 1) & 1)
             next_k, next_v = k_buffers.index((i + 1) % 3).reshape([BN, DK]), v_buffers.index((i + 1) & 1)
             s_token = warpgroup_mma(q_shared, next_k.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -385,6 +385,7 @@ def _store_keys(
 
 def sums_queries(q: Tensor, d_k: int, d_v: int) -> bool:
     """Whether `sum_queries_kernel` runs on this device, takes these sizes and is faster than the Triton kernels."""
+    # measured on an H200: 10 % faster than in Triton where a tile is 128 channels wide, slower where it is 64
     return takes(q, d_k, d_v) and max(tile_widths(d_k, d_v)) == 128
 
 

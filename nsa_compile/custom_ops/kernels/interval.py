@@ -18,6 +18,7 @@ from nsa_compile.custom_ops.kernels.tiles import (
     Tiles,
     accumulate,
     aligned,
+    check_grid,
     dot,
     finite,
     gather_rows,
@@ -304,6 +305,7 @@ def interval_attention(
     """Attention of each query to its interval of keys: o [b, t, n, d_v], LSE fp32 [b, t, n]."""
     q, k, v = row_major(q), aligned(k), aligned(v)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows or groups", max(b, g))
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     if s == 0:
         return o.zero_(), lse.fill_(float("-inf"))
@@ -330,10 +332,10 @@ def interval_attention_backward(
     """
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows times groups", b * g)
     if s == 0:
         return q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    dq_tiles, dkv_tiles = tiles or backward_tiles(q, DK, DV)
     sizes = {"H": h, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
@@ -341,15 +343,16 @@ def interval_attention_backward(
         grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *intervals, None, 0, scale)
     else:
         grad_q = q.new_empty(q.shape)
-        rows, keys, warps, stages = dq_tiles
+        rows, keys, warps, stages = tiles[0] if tiles else backward_tiles(q, DK, DV)[0]
         _interval_bwd_dq_kernel[(triton.cdiv(t * h, rows), g, b)](
             q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *intervals, grad_o, lse2, delta, grad_q, scale,
             t, n, *strides, **sizes, BM=rows, BN=keys, BC=16, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    rows, keys, warps, stages = dkv_tiles
     on_hopper = tiles is None and hopper_backward.sums_keys(q, d_k, d_v, h, scale, listed=False)
     if on_hopper:
         rows, keys = hopper.ROWS, hopper.KEYS
+    else:
+        rows, keys, warps, stages = tiles[1] if tiles else backward_tiles(q, DK, DV)[1]
     columns = triton.cdiv(s, keys)
     parts = parts or max(1, min(16, 2048 // (columns * g * b), triton.cdiv(t * h, 4 * rows)))
     whole = parts == 1

@@ -18,6 +18,7 @@ from nsa_compile.custom_ops.kernels.tiles import (
     Tiles,
     accumulate,
     aligned,
+    check_grid,
     dot,
     finite,
     gather_rows,
@@ -40,9 +41,8 @@ class Places(NamedTuple):
     first: Tensor
 
     def span(self) -> tuple[Tensor, Tensor]:
-        """Start and end of the keys up to each query: from key 0, as blocks keep to their sequence; none for none."""
-        end = torch.where(self.position < 0, 0, self.first + self.position + 1)
-        return torch.zeros_like(end), end
+        """Start and end of the keys of each query's sequence up to its own; none for none."""
+        return self.first, torch.where(self.position < 0, 0, self.first + self.position + 1)
 
 
 def query_places(q: Tensor, s: int, q_start: Tensor | None, cu_seqlens: Tensor | None) -> Places:
@@ -441,6 +441,7 @@ def selected_attention(
     """Attention of each query to the tokens up to its own of its blocks: o [b, t, n, d_v], LSE fp32 [b, t, n]."""
     q, k, v = row_major(q), aligned(k), aligned(v)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows or groups", max(b, g))
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper.takes(q, d_k, d_v)
@@ -476,11 +477,11 @@ def selected_attention_backward(
     """Gradients (dq, dk, dv) of `selected_attention`."""
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
+    check_grid("q", "rows or groups", max(b, g))
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     width = max(DK, DV)
     on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper_backward.sums_queries(q, d_k, d_v)
     tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, width * q.element_size())
-    dq_tiles, dkv_tiles = tiles or (union_tiles(q, tokens * h, l_sel, width)[1], gather_tiles(q, h, l_sel, width))
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
@@ -492,7 +493,7 @@ def selected_attention_backward(
         grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *places.span(), unions, l_sel, scale)
     else:
         grad_q = q.new_empty(q.shape)
-        rows, keys, warps, stages = dq_tiles
+        rows, keys, warps, stages = tiles[0] if tiles else union_tiles(q, tokens * h, l_sel, width)[1]
         _selected_bwd_dq_kernel[(triton.cdiv(t, tokens), g, b)](
             q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, grad_o, lse2, delta,
             grad_q, scale, t, s, n, *strides, **sizes,
@@ -507,7 +508,7 @@ def selected_attention_backward(
             q, k, v, grad_o, lse2, delta, *places, sum_k, sum_v, scale, index=index, item=ITEM, l_sel=l_sel
         )
     else:
-        rows, keys, warps, stages = dkv_tiles
+        rows, keys, warps, stages = tiles[1] if tiles else gather_tiles(q, h, l_sel, width)
         _selected_bwd_dkv_kernel[(items, triton.cdiv(l_sel, keys))](
             q, k, v, *places, *index, grad_o, lse2, delta, sum_k, sum_v, scale, t, s, n, g, b * g * s, *strides,
             **sizes, ITEM=ITEM, TOKENS=max(1, rows // h), TOKENS_PAD=padded(rows // h, 1), BM=rows, BN=keys,

@@ -26,6 +26,12 @@ def padded(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
+def check_grid(name: str, what: str, size: int) -> None:
+    """Raise ValueError if the second or third axis of a grid is longer than CUDA allows."""
+    if size > 65535:
+        raise ValueError(f"{name}: expected at most 65535 {what} for the Triton kernels, got {size}")
+
+
 def _has_near_rows(x: Tensor) -> bool:
     """Whether the last axis is dense and an int32 holds the offset of any head or group."""
     return x.stride(-1) == 1 and abs(x.stride(1)) < 2**24 and x.shape[2] * abs(x.stride(2)) < 2**31
