@@ -57,10 +57,10 @@ def _group_probabilities_kernel(
     slot = ((b * chunk + mine) * n_groups + g) * width
     for first in tl.range(tl.min(start, 0), tl.max(end, 0), BN):
         k_tile = load_keys(k_tiles, b, g, first, BN, DK)
-        exponent = dot(k_tile, tl.trans(q_tile)) * scale2 - lse2[None, :]
-        p = tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        p = tl.exp2(dot(k_tile, tl.trans(q_tile)) * scale2 - lse2[None, :])
         i = first + tl.arange(0, BN)
         p = tl.sum(p.reshape(BN, TOKENS, HP), 2)
+        p = tl.minimum(p, 1.0 * H, propagate_nan=tl.PropagateNan.ALL)  # whatever the LSE is
         seen = i[:, None] < end[None, :]
         if ALIGNED:
             tl.store(out + slot[None, :] + i[:, None], tl.where(seen, p, 0.0))
