@@ -1,6 +1,7 @@
 """nsa-compile: train a small model on text, generate from it, see what runs where."""
 
 import codecs
+import dataclasses
 import enum
 import importlib.metadata
 import itertools
@@ -32,7 +33,10 @@ from nsa_compile.model import NSALanguageModel
 from nsa_compile.module import BRANCHES
 from nsa_compile.train import DTYPES, METRICS_FILE, StepMetrics, TrainConfig, TrainResult, find_checkpoint, train
 
-OPS = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "gated_sum")
+OPS = (
+    "compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "gated_sum",
+    "decode_attention",
+)  # fmt: skip
 DECODE_FILE = "decode.jsonl"
 DEMO_MODEL = NSAConfig(
     dim=128, n_heads=4, n_kv_groups=1, d_k=32, d_v=32, l=8, d=4, l_sel=8, n_sel=6, w=32, n_layers=2, vocab_size=256
@@ -223,8 +227,14 @@ def info(
     device: Annotated[
         str | None, typer.Option(help="Device to ask about.", show_default="cuda if there, else cpu")
     ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Run or checkpoint whose cache to size.", show_default="the paper's sizes")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows of the cache.", min=1)] = 1,
+    capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1)] = 65536,
+    dtype: Kind = DType.bf16,
 ) -> None:
-    """Print versions, devices, the C++ compiler, and which implementation each op uses and why."""
+    """Print versions, devices, the C++ compiler, which implementation each op uses and why, and a cache's memory."""
     console = Console(markup=False, highlight=False)
     target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console.print(f"nsa-compile {nsa_compile.__version__}, torch {torch.__version__}, triton {triton_version()}")
@@ -241,6 +251,28 @@ def info(
     table = Table("op", "implementation", "why", title=f"impl='auto' on {target}")
     for op in OPS:
         table.add_row(op, *resolve_impl(op, "auto", target))
+    console.print(table)
+    config = (
+        NSAConfig()
+        if checkpoint is None
+        else NSAConfig.load((find_checkpoint(checkpoint) or checkpoint) / "config.json")
+    )
+    say_cache(console, config, batch, capacity, dtype)
+
+
+def say_cache(console: Console, config: NSAConfig, batch: int, capacity: int, dtype: DType) -> None:
+    """A table of the memory that decoding takes, as the config says and with the other kinds of attention."""
+    title = (
+        f"cache of {batch} x {capacity:,} tokens in {dtype.value}, {config.n_layers} layers, {config.n_kv_groups} "
+        f"groups of {config.d_k} + {config.d_v} channels"
+    )
+    table = Table("attention", "bytes", "GiB", title=title)
+    kinds = {"nsa": {"tie_kv": False}, "nsa, tied keys and values": {"tie_kv": True}, "dense": {"attention": "dense"}}
+    for name, changes in kinds.items():
+        with torch.device("meta"):
+            model = NSALanguageModel(dataclasses.replace(config, **{"attention": "nsa", **changes}))
+        size = NSACache.for_model(model, batch, capacity, dtype=DTYPES[dtype.value], device="meta").nbytes()
+        table.add_row(name, f"{size:,}", f"{size / 2**30:.2f}")
     console.print(table)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nsa_compile import NSACache, NSALanguageModel, cli
+from nsa_compile import NSACache, NSAConfig, NSALanguageModel, cli
 from nsa_compile.train import METRICS_FILE, find_checkpoint
 
 SIZES = {
@@ -174,6 +174,30 @@ def test_info_says_which_implementation_runs_and_why(monkeypatch):
         assert re.search(rf"{op} +│ reference +│ ", result.stdout)
     monkeypatch.setattr(cli, "cpp_compiler", lambda: None)
     assert "none: torch.compile cannot compile for the CPU" in run("info", "--device", "cpu").stdout
+
+
+def test_info_prints_the_memory_of_a_cache(tmp_path):
+    """As the formula in README says."""
+
+    def printed(*arguments) -> dict[str, int]:
+        result = run("info", "--device", "cpu", *arguments)
+        assert result.exit_code == 0, result.output
+        rows = re.findall(r"│ (nsa|nsa, tied keys and values|dense) +│ ([\d,]+) +│", result.stdout)
+        return {name: int(size.replace(",", "")) for name, size in rows}
+
+    def formula(c: NSAConfig, batch: int, capacity: int, size: int) -> dict[str, int]:
+        tied = capacity + -(-capacity // c.d) + c.l + 7
+        tokens = {"nsa": tied + c.w + 7, "nsa, tied keys and values": tied, "dense": capacity}
+        token, counters = c.n_kv_groups * (c.d_k + c.d_v) * size, 36 + 32 * c.n_kv_groups
+        return {name: c.n_layers * batch * (n * token + counters) for name, n in tokens.items()}
+
+    assert printed() == formula(NSAConfig(), 1, 65536, 2)
+    config = NSAConfig(
+        dim=32, n_heads=6, n_kv_groups=3, d_k=8, d_v=4, l=6, d=3, l_sel=6, w=9, n_layers=5, tie_kv=True, phi="mlp"
+    )
+    NSALanguageModel(config).save_pretrained(tmp_path)
+    arguments = ("--checkpoint", tmp_path, "--batch", 3, "--capacity", 1000, "--dtype", "fp32")
+    assert printed(*arguments) == formula(config, 3, 1000, 4)
 
 
 @pytest.mark.parametrize(
