@@ -267,10 +267,14 @@ def say_cache(console: Console, config: NSAConfig, batch: int, capacity: int, dt
         f"groups of {config.d_k} + {config.d_v} channels"
     )
     table = Table("attention", "bytes", "GiB", title=title)
-    kinds = {"nsa": {"tie_kv": False}, "nsa, tied keys and values": {"tie_kv": True}, "dense": {"attention": "dense"}}
-    for name, changes in kinds.items():
+    kinds = {
+        "nsa": dataclasses.replace(config, attention="nsa", tie_kv=False),
+        "nsa, tied keys and values": dataclasses.replace(config, attention="nsa", tie_kv=True),
+        "dense": dataclasses.replace(config, attention="dense"),
+    }
+    for name, changed in kinds.items():
         with torch.device("meta"):
-            model = NSALanguageModel(dataclasses.replace(config, **{"attention": "nsa", **changes}))
+            model = NSALanguageModel(changed)
         size = NSACache.for_model(model, batch, capacity, dtype=DTYPES[dtype.value], device="meta").nbytes()
         table.add_row(name, f"{size:,}", f"{size / 2**30:.2f}")
     console.print(table)
