@@ -1,50 +1,43 @@
 """nsa-compile: train a small model on text, generate from it, see what runs where."""
 
-import codecs
 import dataclasses
 import enum
 import importlib.metadata
 import itertools
-import json
 import platform
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
 from typer.core import TyperGroup
 
 import nsa_compile
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.dispatch import resolve_impl
-from nsa_compile.data import Corpus, load_text, unigram_entropy
+from nsa_compile.data import load_text, unigram_entropy
+from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
-from nsa_compile.graphs.prefill import prefill
 from nsa_compile.model import NSALanguageModel
-from nsa_compile.module import BRANCHES
-from nsa_compile.train import DTYPES, METRICS_FILE, StepMetrics, TrainConfig, TrainResult, find_checkpoint, train
+from nsa_compile.terminal import (
+    TextStream,
+    can_compile,
+    cpp_compiler,
+    one_thread,
+    say_corpus,
+    say_model,
+    train_with_progress,
+)  # fmt: skip
+from nsa_compile.train import DTYPES, METRICS_FILE, TrainConfig, find_checkpoint
 
 OPS = (
     "compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "gated_sum",
     "decode_attention",
 )  # fmt: skip
-DECODE_FILE = "decode.jsonl"
-DEMO_MODEL = NSAConfig(
-    dim=128, n_heads=4, n_kv_groups=1, d_k=32, d_v=32, l=8, d=4, l_sel=8, n_sel=6, w=32, n_layers=2, vocab_size=256
-)
-DEMO_SEQ_LEN = 256
-DEMO_PROMPT, DEMO_NEW = 128, 96
-DEMO_TEMPERATURE, DEMO_TOP_P = 0.7, 0.9
-DECODE_TOLERANCE = 1e-9
 
 
 class DType(enum.StrEnum):
@@ -285,17 +278,6 @@ def free_folder(name: str) -> Path:
     return next(path for n in itertools.count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch in one thread: a small model gains little from two, and waits long for them on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def find_device(name: str) -> torch.device:
     """The device of that name. Raises ValueError for one that is not there."""
     try:
@@ -304,211 +286,9 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
 
 
-def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use for the CPU, None if there is none."""
-    from torch._inductor import config  # takes a second: not every command needs it
-
-    names = config.cpp.cxx if isinstance(config.cpp.cxx, (tuple, list)) else (config.cpp.cxx,)
-    return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
 def triton_version() -> str:
     """The version of Triton, or "none"."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-def can_compile(console: Console, device: str) -> bool:
-    """Whether torch.compile can work on the device; where it cannot, say so."""
-    if torch.device(device).type == "cpu" and cpp_compiler() is None:
-        console.print("no C++ compiler on PATH: torch.compile cannot work on a CPU, running uncompiled")
-        return False
-    return True
-
-
-def say_corpus(console: Console, corpus: Corpus) -> None:
-    """One line about the text."""
-    console.print(
-        f"text: {corpus.source}: {corpus.n_files} files, {corpus.train.numel():,} bytes to train on, "
-        f"{corpus.validation.numel():,} held out",
-        soft_wrap=True,
-    )
-
-
-def say_model(console: Console, model: NSALanguageModel, config: TrainConfig) -> None:
-    """One line about the model."""
-    c, n = model.config, sum(p.numel() for p in model.parameters())
-    sizes = f"l={c.l} d={c.d} l_sel={c.l_sel} n_sel={c.n_sel} w={c.w}" if c.attention == "nsa" else "dense attention"
-    console.print(
-        f"model: {n:,} parameters, {c.n_layers} layers of {c.dim}, {sizes}, windows of {config.seq_len} bytes, "
-        + ("compiled (the first step takes a while)" if config.compile else "not compiled"),
-        soft_wrap=True,
-    )
-
-
-def train_with_progress(
-    console: Console, model: NSALanguageModel, corpus: Corpus, config: TrainConfig, out: Path, *, resume: bool
-) -> TrainResult:
-    """`train` with a bar of loss and tokens/s, or lines of them where the output is no terminal."""
-    every = max(1, config.steps // 10)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling" if config.compile else "", total=config.steps)
-
-        def show(metrics: StepMetrics) -> None:
-            line = f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tokens/s"
-            progress.update(task, completed=metrics.step, description=line)
-            if not console.is_terminal and (metrics.step % every == 0 or metrics.step == 1):
-                console.print(f"step {metrics.step}/{config.steps}  {line}")
-
-        result = train(model, corpus, config, out, resume=resume, on_step=show)
-    if result.interrupted:
-        console.print(f"interrupted after step {result.step}; saved {result.checkpoint}", soft_wrap=True)
-    return result
-
-
-class TextStream:
-    """Bytes to stdout as they come, as UTF-8 text without control characters."""
-
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def write(self, byte: int | None) -> None:
-        """Print what the byte completes."""
-        if byte is not None:
-            self._print(self.decoder.decode(bytes([byte])))
-
-    def close(self) -> None:
-        """Print what is left, and end the line."""
-        self._print(self.decoder.decode(b"", final=True) + "\n")
-
-    def _print(self, text: str) -> None:
-        shown = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-        print("".join(shown), end="", flush=True)
-
-
-def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None:
-    """The parts of `demo`, one after the other."""
-    console = Console(markup=False, highlight=False)
-    corpus = load_text(text)
-    entropy = unigram_entropy(corpus.train)
-    say_corpus(console, corpus)
-    compile = compile and can_compile(console, "cpu")
-    torch.manual_seed(0)
-    model = NSALanguageModel(DEMO_MODEL)
-    config = TrainConfig(
-        steps=steps, seq_len=DEMO_SEQ_LEN, batch_size=4, lr=4e-3, warmup=max(1, steps // 10), compile=compile,
-        eval_every=steps, eval_batches=8, save_every=steps,
-    )  # fmt: skip
-    say_model(console, model, config)
-    result = train_with_progress(console, model, corpus, config, out, resume=False)
-    if result.interrupted:
-        return
-    model.eval()
-
-    prompt, reads = stream_demo(console, model, corpus)
-    (out / DECODE_FILE).write_text("".join(json.dumps(step._asdict()) + "\n" for step in reads.steps))
-    show_reads(console, reads.steps)
-    window = corpus.validation[: DEMO_SEQ_LEN * 8].long().view(-1, DEMO_SEQ_LEN)
-    show_gates(console, model, window)
-    difference = decode_difference(model, prompt, reads.tokens)
-    equal = difference <= DECODE_TOLERANCE
-    console.print(
-        f"decode against one full forward over the same {len(prompt) + len(reads.tokens)} bytes, both in fp64: largest "
-        f"difference of a logit {difference:.1e}, {'within' if equal else 'NOT within'} {DECODE_TOLERANCE:.0e}"
-    )
-    console.print(
-        f"loss on held-out text {result.val_loss:.3f} nats/byte; entropy of single bytes (a model without context) "
-        f"{entropy:.3f} nats/byte"
-    )
-    console.print(
-        f"checkpoint {result.checkpoint}, metrics {out / METRICS_FILE} and {out / DECODE_FILE}", soft_wrap=True
-    )
-    if not equal:
-        raise typer.Exit(1)
-
-
-class StepReads(NamedTuple):
-    """Tokens that the layers read in one decode step, as (cmp, slc, win, total)."""
-
-    cached: int
-    """Tokens in the cache, the new one counted."""
-    nominal: list[int]
-    actual: list[list[list[int]]]
-    """[layer][group]"""
-
-    def mean(self) -> list[float]:
-        """Actual reads as a mean over layers and groups."""
-        return torch.tensor(self.actual, dtype=torch.float64).mean((0, 1)).tolist()
-
-
-class Streamed(NamedTuple):
-    """What the demo generated, and its reads in each decode step."""
-
-    tokens: list[int]
-    steps: list[StepReads]
-
-
-def stream_demo(console: Console, model: NSALanguageModel, corpus: Corpus) -> tuple[list[int], Streamed]:
-    """Continue the start of the held-out text from a static cache, printing it as it comes."""
-    prompt = corpus.validation[:DEMO_PROMPT].tolist()
-    cache = NSACache.for_model(model, 1, DEMO_PROMPT + DEMO_NEW)
-    stream, steps = TextStream(), []
-
-    def on_token(step: int, tokens: list[int | None]) -> None:
-        stream.write(tokens[0])
-        actual = [layer.actual_reads[0].tolist() for layer in cache.layers]
-        steps.append(StepReads(len(prompt) + step, cache.layers[0].nominal_reads[0].tolist(), actual))
-
-    console.print("decode runs uncompiled: compiling it would take longer than these few steps")
-    console.rule(f"{len(prompt)} held-out bytes >>> {DEMO_NEW} decoded from a static cache")
-    for byte in prompt:
-        stream.write(byte)
-    print(" >>> ", end="")
-    result = generate(
-        model,
-        [prompt],
-        max_new_tokens=DEMO_NEW,
-        temperature=DEMO_TEMPERATURE,
-        top_p=DEMO_TOP_P,
-        prefill_chunk=64,
-        cache=cache,
-        on_token=on_token,
-    )
-    stream.close()
-    console.rule()
-    return prompt, Streamed(result.tokens[0], steps)
-
-
-def show_reads(console: Console, steps: Sequence[StepReads]) -> None:
-    """A table of reads, some of the steps."""
-    table = Table("cached", *BRANCHES, "total", title="Tokens read per decode step, nominal / actual")
-    for step in [*steps[:: max(1, len(steps) // 8)], steps[-1]]:
-        pairs = zip(step.nominal, step.mean(), strict=True)
-        table.add_row(str(step.cached), *(f"{nominal} / {actual:.1f}" for nominal, actual in pairs))
-    table.caption = "actual: mean over layers and groups"
-    console.print(table)
-
-
-def show_gates(console: Console, model: NSALanguageModel, ids: Tensor) -> None:
-    """A table of the gates' means per layer on token ids [b, t]."""
-    table = Table("layer", *BRANCHES, "entropy (nats)", title="Gates on held-out text, mean per layer")
-    for number, statistics in enumerate(model.gate_statistics(ids)):
-        table.add_row(str(number), *(f"{x:.3f}" for x in (*statistics.mean.tolist(), statistics.entropy.item())))
-    console.print(table)
-
-
-def decode_difference(model: NSALanguageModel, prompt: list[int], new: list[int]) -> float:
-    """Largest difference between the logits of a prefill and decode steps and those of one forward, in fp64."""
-    exact = NSALanguageModel(model.config).double().eval()
-    exact.load_state_dict(model.state_dict())
-    cache = NSACache.for_model(exact, 1, len(prompt) + len(new))
-    with torch.no_grad():
-        decoded = [prefill(exact, [prompt], cache, chunk=64)]
-        for token in new[:-1]:
-            cache.reserve(1)
-            decoded.append(exact(torch.tensor([[token]]), cache=cache)[:, 0])
-        full = exact(torch.tensor([prompt + new[:-1]]))[0, len(prompt) - 1 :]
-    return (torch.cat(decoded) - full).abs().max().item()

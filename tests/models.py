@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nsa_compile import NSAAttention, NSAConfig, NSALanguageModel
-from nsa_compile.cli import cpp_compiler
+from nsa_compile.terminal import cpp_compiler
 
 needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
 

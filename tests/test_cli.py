@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nsa_compile import NSACache, NSAConfig, NSALanguageModel, cli
+from nsa_compile import NSACache, NSAConfig, NSALanguageModel, cli, demo, terminal
 from nsa_compile.train import METRICS_FILE, find_checkpoint
 
 SIZES = {
@@ -62,21 +62,21 @@ def test_demo_shows_what_it_did_and_leaves_its_files(text, tmp_path):
                   "entropy of single bytes", str(out / METRICS_FILE)):  # fmt: skip
         assert words in shown
     assert [step for step, _ in losses(out)] == [1, 2, 3]
-    steps = [json.loads(line) for line in (out / cli.DECODE_FILE).read_text().splitlines()]
-    model = cli.DEMO_MODEL
-    assert [step["cached"] for step in steps] == list(range(cli.DEMO_PROMPT, cli.DEMO_PROMPT + cli.DEMO_NEW))
+    steps = [json.loads(line) for line in (out / demo.DECODE_FILE).read_text().splitlines()]
+    model = demo.DEMO_MODEL
+    assert [step["cached"] for step in steps] == list(range(demo.DEMO_PROMPT, demo.DEMO_PROMPT + demo.DEMO_NEW))
     for step in steps:
         cmp, slc, win = (step["cached"] - model.l) // model.d + 1, model.n_sel * model.l_sel, model.w
         assert step["nominal"] == [cmp, slc, win, cmp + slc + win]
         for read in (group for layer in step["actual"] for group in layer):
             assert read[0] == cmp and 0 < read[1] <= slc and read[2] == win and read[3] == sum(read[:3])
-    assert max(model.n_sel * model.l_sel, model.w) < cli.DEMO_PROMPT  # blocks are dropped
+    assert max(model.n_sel * model.l_sel, model.w) < demo.DEMO_PROMPT  # blocks are dropped
     NSALanguageModel.from_pretrained(find_checkpoint(out))
     one_line_error(run("demo", "--text", text, "--out", out, "--steps", 3, "--no-compile"), "out:", "step-000003")
 
 
 def test_demo_fails_where_decode_differs(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "decode_difference", lambda model, prompt, new: 1e-3)
+    monkeypatch.setattr(demo, "decode_difference", lambda model, prompt, new: 1e-3)
     result = run("demo", "--text", text, "--out", tmp_path / "demo", "--steps", 1, "--no-compile")
     assert result.exit_code == 1
     assert "NOT within 1e-09" in " ".join(result.stdout.split())
@@ -84,9 +84,9 @@ def test_demo_fails_where_decode_differs(text, tmp_path, monkeypatch):
 
 def test_decode_difference_sees_a_wrong_cache(monkeypatch):
     torch.manual_seed(0)
-    model = NSALanguageModel(cli.DEMO_MODEL)
+    model = NSALanguageModel(demo.DEMO_MODEL)
     prompt, new = list(range(100, 164)), list(range(8))
-    assert cli.decode_difference(model, prompt, new) <= cli.DECODE_TOLERANCE
+    assert demo.decode_difference(model, prompt, new) <= demo.DECODE_TOLERANCE
     reserve = NSACache.reserve
 
     def lose_a_key(cache, counts):
@@ -95,11 +95,11 @@ def test_decode_difference_sees_a_wrong_cache(monkeypatch):
             cache.layers[0].buffers["k_slc"][:, 3] += 1.0
 
     monkeypatch.setattr(NSACache, "reserve", lose_a_key)
-    assert cli.decode_difference(model, prompt, new) > cli.DECODE_TOLERANCE
+    assert demo.decode_difference(model, prompt, new) > demo.DECODE_TOLERANCE
 
 
 def test_without_a_compiler_the_demo_says_so_and_runs(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(terminal, "cpp_compiler", lambda: None)
     result = run("demo", "--text", text, "--out", tmp_path / "demo", "--steps", 1)
     assert result.exit_code == 0, result.output
     assert "no C++ compiler on PATH" in result.stdout and "not compiled" in result.stdout
@@ -121,7 +121,7 @@ def test_train_prints_and_leaves_a_run(trained):
 
 def test_an_interrupted_train_resumes_with_the_same_losses(text, trained, tmp_path, monkeypatch):
     arguments = ("train", "--text", text, "--out", tmp_path, "--steps", 6, *TINY)
-    train = cli.train
+    train = terminal.train
 
     def interrupted_train(*args, on_step, **kwargs):
         def on_step_then_interrupt(metrics):
@@ -132,7 +132,7 @@ def test_an_interrupted_train_resumes_with_the_same_losses(text, trained, tmp_pa
         return train(*args, on_step=on_step_then_interrupt, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "train", interrupted_train)
+        patch.setattr(terminal, "train", interrupted_train)
         result = run(*arguments)
     assert result.exit_code == 0 and "interrupted after step 3" in result.stdout
     assert run(*arguments, "--resume").exit_code == 0
@@ -159,7 +159,7 @@ def test_generate_continues_a_prompt(trained, newest):
 
 
 def test_a_stream_joins_bytes_to_characters_and_shows_no_control_ones(capsys):
-    stream = cli.TextStream()
+    stream = terminal.TextStream()
     for byte in (*"aü\n\t".encode(), None, 0x1B, 0xC3):
         stream.write(byte)
     stream.close()
