@@ -348,9 +348,10 @@ def attend(
     (b, t, n, d_k), g, d_v = q.shape, k.shape[2], v.shape[-1]
     DK, DV = tile_widths(d_k, d_v)
     entries, counts = unions or (start, start)
+    registers = 168 if DK <= 128 else 255  # shared memory has room for 3 programs of narrow tiles, for 2 of wide ones
     attend_kernel[(triton.cdiv(t * (n // g), ROWS), g, b)](
         q, key_tiles(k, DK), key_tiles(v, DV), start, end, entries, counts, o, lse, *(mixture or (None,) * 4),
         abs(scale) * LOG2E.value, t, n, *q.stride()[:3], H=n // g, D_K=d_k, D_V=d_v, DK=DK, DV=DV,
         CAPACITY=entries.shape[3] if unions else 0, PIECES=l_sel // KEYS, NEGATIVE=scale < 0,
-        num_warps=4, maxnreg=168,
+        num_warps=4, maxnreg=registers,
     )  # fmt: skip
