@@ -316,6 +316,15 @@ class TestOnGPU:
             with torch.no_grad():
                 assert torch.equal(selected_mixture(q, k, v, blocks, *others, **how), expected["o"])
 
+    @pytest.mark.parametrize("name", ["v", "o_cmp", "o_win"])
+    def test_a_closed_gate_lets_nan_through_as_the_gated_sum_does(self, name):
+        case = GPU_CASES[3]
+        inputs, blocks, _ = draw_on_gpu(case)
+        q, k, v, *others = [*inputs[:-1], torch.zeros_like(inputs[-1])]
+        dict(zip(NAMES, (q, k, v, *others), strict=True))[name][:, 70] = NAN
+        got, expected = (mix(q, k, v, blocks, *others, l_sel=case.shape.l_sel) for mix in (selected_mixture, composed))
+        assert torch.equal(got.isnan(), expected.isnan()) and got.isnan().any() and not got.isnan().all()
+
     def test_the_kernel_that_attends_also_mixes_on_hopper(self):
         case = GPU_CASES[3]
         inputs, blocks, grad = draw_on_gpu(case)
