@@ -415,17 +415,25 @@ def _decode_selected_kernel(
 def _decode_merge_kernel(
     part_o, part_lse, gates, o, count, positions, capacity, n, g_b, g_t, g_n, g_c,
     T: tl.constexpr, D_V: tl.constexpr, COLS: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr,
-    SPLITS: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr, HAS_COUNT: tl.constexpr,
+    SPLITS: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr, EAGER: tl.constexpr, HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
     """COLS channels of o = sum of the branches' gates * attention, merged over their splits.
 
-    The first program of a row moves its position on.
+    If EAGER, all splits are loaded at once, also those without keys, before their LSEs are known. The first program of
+    a row moves its position on.
     """
     head, b, token = tl.program_id(0), (tl.program_id(1) // T).to(tl.int64), tl.program_id(1) % T
     slot = (b * T + token) * n + head
+    col = tl.program_id(2) * COLS + tl.arange(0, COLS)
+    if EAGER:
+        split = tl.arange(0, CHUNK)
+        at = part_o + (slot * SPLITS + split)[:, None] * D_V + col[None, :]
+        value = tl.load(at, mask=(split < SPLITS)[:, None] & (col < D_V)[None, :], other=0.0)
     gates += b * g_b + token * g_t + head * g_n
     g_cmp, g_slc = tl.load(gates).to(tl.float32), tl.load(gates + g_c).to(tl.float32)
     g_win = tl.load(gates + 2 * g_c).to(tl.float32)
+    if EAGER:
+        tl.debug_barrier()  # without it ptxas moves these loads behind what is done with the LSEs
     split = tl.arange(0, SP)
     lse = tl.load(part_lse + slot * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
     is_cmp, is_slc = split < SPLIT_CMP, split >= SPLIT_CMP + SPLIT_WIN
@@ -433,7 +441,6 @@ def _decode_merge_kernel(
     lse_win = _merged_lse(tl.where(is_cmp | is_slc, float("-inf"), lse))
     lse_slc = _merged_lse(tl.where(is_slc, lse, float("-inf")))
     out = tl.zeros([COLS], tl.float32)
-    col = tl.program_id(2) * COLS + tl.arange(0, COLS)
     for first in tl.static_range(0, SPLITS, CHUNK):
         split = first + tl.arange(0, CHUNK)
         lse = tl.load(part_lse + slot * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
@@ -442,9 +449,10 @@ def _decode_merge_kernel(
         gate = tl.where(is_cmp, g_cmp, tl.where(is_slc, g_slc, g_win))
         some = lse != float("-inf")
         weight = tl.where(some, tl.exp2(lse - whole) * gate, 0.0)
-        at = part_o + (slot * SPLITS + split)[:, None] * D_V + col[None, :]
-        value = tl.load(at, mask=some[:, None] & (col < D_V)[None, :], other=0.0)
-        out += tl.sum(value * weight[:, None], 0)
+        if not EAGER:
+            at = part_o + (slot * SPLITS + split)[:, None] * D_V + col[None, :]
+            value = tl.load(at, mask=some[:, None] & (col < D_V)[None, :], other=0.0)
+        out += tl.sum(tl.where(some[:, None], value * weight[:, None], 0.0), 0)
     tl.store(o + slot * D_V + col, out.to(o.dtype.element_ty), mask=col < D_V)
     if (head == 0) & (token == 0) & (tl.program_id(2) == 0):  # no other program of this launch looks at the positions
         held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
@@ -548,10 +556,11 @@ def decode_attention(
         FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SPLITS=total, **sizes, **where,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
-    cols = 32 if b * t * n < 8 * multiprocessors(q) else DV  # many small programs where there are few heads
+    few = padded(total, 1) * DV <= 4096  # a warp takes a head; else many programs where there are few heads
+    cols = 32 if not few and b * t * n < 8 * multiprocessors(q) else DV
     _decode_merge_kernel[(n, b * t, triton.cdiv(d_v, cols))](
         part_o, part_lse, gates, o, counts, positions, capacity, n, *gates.stride(),
         D_V=d_v, COLS=cols, SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, SP=padded(total, 1),
-        CHUNK=min(4096 // cols, padded(total, 1)), **where, num_warps=4,
+        CHUNK=min(4096 // cols, padded(total, 1)), EAGER=few, **where, num_warps=1 if few else 4,
     )  # fmt: skip
     return o, block_indices
