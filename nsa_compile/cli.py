@@ -17,7 +17,8 @@ from typer.core import TyperGroup
 
 import nsa_compile
 from nsa_compile.config import NSAConfig
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops import flash
+from nsa_compile.custom_ops.dispatch import explain_thresholds, resolve_impl
 from nsa_compile.data import load_text, unigram_entropy
 from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
@@ -243,14 +244,25 @@ def info(
     console.print(f"C++ compiler {compiler or 'none: torch.compile cannot compile for the CPU'}", soft_wrap=True)
     table = Table("op", "implementation", "why", title=f"impl='auto' on {target}")
     for op in OPS:
-        table.add_row(op, *resolve_impl(op, "auto", target))
+        choice, more = resolve_impl(op, "auto", target), explain_thresholds(op, target)
+        table.add_row(op, choice.impl, f"{choice.why}; {more}" if more else choice.why)
     console.print(table)
+    say_flash(console, target)
     config = (
         NSAConfig()
         if checkpoint is None
         else NSAConfig.load((find_checkpoint(checkpoint) or checkpoint) / "config.json")
     )
     say_cache(console, config, batch, capacity, dtype)
+
+
+def say_flash(console: Console, device: torch.device) -> None:
+    """Which versions of flash-attn are there, and whether `impl="flash"` can run them on the device."""
+    found = ", ".join(f"{flash.PACKAGES[version]} {text}" for version, text in flash.installed().items())
+    q = torch.empty(1, 1, 2, 128, dtype=torch.bfloat16, device=device)
+    pick = flash.pick_version(q, q[:, :, :1], q_start=None)
+    runs = f"runs flash-attn {pick.version}" if pick.version else f"cannot run: {pick.why_not}"
+    console.print(f"flash-attn: {found or 'not installed'}; impl='flash' on {device} {runs}", soft_wrap=True)
 
 
 def say_cache(console: Console, config: NSAConfig, batch: int, capacity: int, dtype: DType) -> None:

@@ -56,7 +56,8 @@ class NSAConfig:
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
     impl: str = "auto"
-    """Implementation of the ops: "auto", "reference", "triton" or "flash"."""
+    """Implementation of the ops: "auto", "reference", "triton", or "flash": compressed and window attention of whole
+    sequences by flash-attn, and "auto" for the rest and with a cache."""
 
     n_layers: int = 30
     """Transformer blocks."""

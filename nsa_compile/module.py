@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.compression import compress_mean
 from nsa_compile.custom_ops.decode import STEP, runs_step
+from nsa_compile.custom_ops.dispatch import beside_flash
 from nsa_compile.custom_ops.nsa import op_branches
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_cu_seqlens, check_lengths, check_tensor
@@ -66,7 +67,7 @@ class MeanCompressor(nn.Module):
 
     def __init__(self, config: NSAConfig, channels: int) -> None:
         super().__init__()
-        self.l, self.d, self.impl = config.l, config.d, config.impl
+        self.l, self.d, self.impl = config.l, config.d, beside_flash(config.impl)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [b, s, g, channels] → [b, c, g, channels], c = num_cmp(s), packed s // d."""
@@ -204,7 +205,7 @@ class NSAAttention(nn.Module):
 
         if layer is not None:
             layer.check_room(k_slc, lengths)
-            if runs_step(c.impl, q, v_slc, d=c.d, l_sel=c.l_sel):
+            if runs_step(beside_flash(c.impl), q, v_slc, d=c.d, l_sel=c.l_sel):
                 o = self._step(layer, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lengths)
                 return self.out(rearrange(o, "b t n v -> b t (n v)"))
         positions = query_layout(x, None if layer is None else layer.positions, cu_seqlens).position
@@ -224,10 +225,11 @@ class NSAAttention(nn.Module):
             if c.tie_kv:
                 k_win, v_win = k_slc, v_slc
 
+        impl = c.impl if layer is None else beside_flash(c.impl)  # a cache's queries have q_start
         o, blocks = attend_branches(
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, l=c.l, d=c.d, l_sel=c.l_sel, n_sel=c.n_sel, w=c.w,
             init_blocks=c.init_blocks, local_blocks=c.local_blocks, q_start=q_start, q_start_win=q_start_win,
-            cu_seqlens=cu_seqlens, branches=op_branches(c.impl),
+            cu_seqlens=cu_seqlens, branches=op_branches(impl),
         )  # fmt: skip
         if layer is not None:
             reads = token_reads(positions, blocks, l=c.l, d=c.d, l_sel=c.l_sel, w=c.w)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nsa_compile.custom_ops.dispatch import runs_triton
+from nsa_compile.custom_ops import flash
+from nsa_compile.custom_ops.dispatch import choose_attention, runs_triton
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     compressed_pairs,
@@ -148,7 +149,12 @@ def _compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, l: int, d: int, q_start: Optional[Tensor],
     cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if runs_triton("compressed_attention", impl, q, v_cmp):
+    choice = choose_attention("compressed_attention", impl, q, v_cmp, q_start=q_start, cu_seqlens=cu_seqlens, fold=d)
+    if choice.impl == "flash":
+        return flash.compressed_attention(
+            q, k_cmp, v_cmp, l=l, d=d, cu_seqlens=cu_seqlens, scale=scale, version=choice.flash_version
+        )
+    if choice.impl == "triton":
         from nsa_compile.custom_ops.kernels import interval
 
         with torch.cuda.device_of(q):
@@ -169,7 +175,16 @@ def _compressed_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
     l: int, d: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if runs_triton("compressed_attention", impl, q, v_cmp):
+    choice = choose_attention(
+        "compressed_attention", impl, q, v_cmp, q_start=q_start, cu_seqlens=cu_seqlens, backward=True,
+        grad_lse=grad_lse, fold=d,
+    )  # fmt: skip
+    if choice.impl == "flash":
+        return flash.compressed_attention_backward(
+            grad_o, grad_lse, o, lse, q, k_cmp, v_cmp, l=l, d=d, cu_seqlens=cu_seqlens, scale=scale,
+            version=choice.flash_version,
+        )  # fmt: skip
+    if choice.impl == "triton":
         from nsa_compile.custom_ops.kernels import interval
 
         with torch.cuda.device_of(q):

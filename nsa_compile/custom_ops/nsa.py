@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nsa_compile.custom_ops.block_choice import select_blocks
 from nsa_compile.custom_ops.compression import compressed_attention
+from nsa_compile.custom_ops.dispatch import beside_flash
 from nsa_compile.custom_ops.mixture import selected_mixture
 from nsa_compile.custom_ops.window import window_attention
 from nsa_compile.ops import nsa as reference
@@ -14,9 +15,14 @@ from nsa_compile.ops.nsa import Branches
 
 
 def op_branches(impl: str) -> Branches:
-    """The branch functions as ops, with one choice of implementation."""
-    functions = (compressed_attention, select_blocks, window_attention, selected_mixture)
-    return Branches(*(partial(f, impl=impl) for f in functions))
+    """The branch functions as ops, with one choice of implementation; beside "flash", "auto" for what it has not."""
+    other = beside_flash(impl)
+    return Branches(
+        compressed_attention=partial(compressed_attention, impl=impl),
+        select_blocks=partial(select_blocks, impl=other),
+        window_attention=partial(window_attention, impl=impl),
+        selected_mixture=partial(selected_mixture, impl=other),
+    )
 
 
 def nsa_attention(
@@ -40,7 +46,8 @@ def nsa_attention(
             nothing after a row's last query is read into a result.
         cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; tokens after the last one get 0.
         scale: factor on q·k, default d_k ** -0.5.
-        impl: "auto", "reference", "triton" or "flash", for every branch.
+        impl: "auto", "reference" or "triton" for every branch; "flash" for flash-attn in compressed and window
+            attention, and "auto" for the rest.
 
     Returns: o [b, t, n_heads, d_v] in the type of q, differentiable in every float argument.
 

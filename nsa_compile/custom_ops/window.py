@@ -5,7 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from nsa_compile.custom_ops.dispatch import runs_triton
+from nsa_compile.custom_ops import flash
+from nsa_compile.custom_ops.dispatch import choose_attention, runs_triton
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     causal_pairs,
@@ -51,7 +52,10 @@ def _window_attention(
     q: Tensor, k: Tensor, v: Tensor, w: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if runs_triton("window_attention", impl, q, v):
+    choice = choose_attention("window_attention", impl, q, v, q_start=q_start, cu_seqlens=cu_seqlens)
+    if choice.impl == "flash":
+        return flash.window_attention(q, k, v, w=w, cu_seqlens=cu_seqlens, scale=scale, version=choice.flash_version)
+    if choice.impl == "triton":
         from nsa_compile.custom_ops.kernels import interval
 
         with torch.cuda.device_of(q):
@@ -70,7 +74,14 @@ def _window_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, w: int,
     q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if runs_triton("window_attention", impl, q, v):
+    choice = choose_attention(
+        "window_attention", impl, q, v, q_start=q_start, cu_seqlens=cu_seqlens, backward=True, grad_lse=grad_lse
+    )
+    if choice.impl == "flash":
+        return flash.window_attention_backward(
+            grad_o, grad_lse, o, lse, q, k, v, w=w, cu_seqlens=cu_seqlens, scale=scale, version=choice.flash_version
+        )
+    if choice.impl == "triton":
         from nsa_compile.custom_ops.kernels import interval
 
         with torch.cuda.device_of(q):
