@@ -47,6 +47,7 @@ def sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: T
     if cu_seqlens_q is None:
         return [(b, b) for b in range(q.shape[0])]
     for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k)):
+        assert x.isfinite().all(), "a tile may reach past the last sequence"
         assert x.ndim == 3 and cu.dtype == torch.int32 and cu.stride(0) == 1
         assert cu.min() >= 0 and cu.max() <= x.shape[0] and (cu.diff() >= 0).all()
     pairs = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
@@ -80,6 +81,7 @@ def backward(dout, q, k, v, out, lse, dq, dk, dv, scale, causal, left, right, cu
     if cu_q is None:
         for x in (dq, dk, dv):
             x.fill_(math.nan)
+    assert cu_q is None or (out.isfinite().all() and dout.isfinite().all())
     for at_q, at_k in sequences(q, k, cu_q, cu_k):
         saved = lse[at_q] if cu_q is None else lse[:, at_q]
         delta = (dout[at_q].float() * out[at_q].float()).sum(-1).T

@@ -134,6 +134,29 @@ def test_runs_put_every_query_with_those_that_see_the_same_blocks(t, l, d, packe
 
 
 @VERSIONS
+def test_nan_after_the_last_sequence_stays_there(standins, version):
+    standins.install(version)
+    q, k, v = (x.detach() for x in make(40, b=1))
+    for x in (q, k, v):
+        x[:, 38:] = torch.nan
+    cu_seqlens, grad = packed_ends(40), torch.randn(1, 40, 6, 8)
+    grad[:, 38:] = torch.nan
+    k_cmp, v_cmp = (compress_mean(x, l=4, d=2, cu_seqlens=cu_seqlens) for x in (k, v))
+    used = sum(nsa_compile.num_cmp(n, 4, 2) for n in cu_seqlens.diff().tolist())
+    for x in (k_cmp, v_cmp):
+        x[:, used:] = torch.nan
+    for function, tensors in (
+        (lambda *x: window_attention(*x, w=8, cu_seqlens=cu_seqlens, impl="flash"), (q, k, v)),
+        (lambda *x: compressed_attention(*x, l=4, d=2, cu_seqlens=cu_seqlens, impl="flash"), (q, k_cmp, v_cmp)),
+    ):
+        leaves = [x.requires_grad_() for x in tensors]
+        o, lse = function(*leaves)
+        assert not o[:, 38:].any() and torch.isneginf(lse[:, 38:]).all()
+        grads = torch.autograd.grad(o, leaves, grad)
+        assert all(x.isfinite().all() for x in (o, *grads)) and not grads[0][:, 38:].any()
+
+
+@VERSIONS
 def test_bf16_and_strange_strides(standins, version):
     standins.install(version, dtypes=())
     _, k, v = make(33, dtype=torch.bfloat16)

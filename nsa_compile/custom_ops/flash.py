@@ -270,9 +270,8 @@ def call_forward(
     `ends` are the cumulative lengths of packed queries and of keys; what lies after them gets 0 and -inf.
     """
     module: Any = importlib.import_module(MODULES[version])
-    q, k, v = (x if ends is None else x[0] for x in (q, k, v))
+    q, k, v = (aligned(x if ends is None else used_part(x, ends)) for x in (q, k, v))
     left, t = None if window is None or window >= k.shape[-3] else window - 1, q.shape[-3]
-    q, k, v = (aligned(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
         if version == 4:
             packed: dict[str, Any] = {}
@@ -307,7 +306,7 @@ def call_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients (dq, dk, dv) of `call_forward`, contiguous; those of what lies after `ends` are 0."""
     module: Any = importlib.import_module(MODULES[version])
-    q, k, v, o, grad_o = (aligned(x if ends is None else x[0]) for x in (q, k, v, o, grad_o))
+    q, k, v, o, grad_o = (aligned(x if ends is None else used_part(x, ends)) for x in (q, k, v, o, grad_o))
     dlse, lse_ = (None if x is None else x.transpose(1, 2).contiguous() for x in (grad_lse, lse))
     if ends is not None:
         dlse, lse_ = (None if x is None else x[0] for x in (dlse, lse_))
@@ -335,6 +334,11 @@ def call_backward(
                 module._flash_attn_varlen_backward(*inputs, ends, ends, t, t, **options, zero_tensors=True)
     dq, dk, dv = (x if ends is None else x[None] for x in grads)
     return dq, dk, dv
+
+
+def used_part(x: Tensor, ends: Tensor) -> Tensor:
+    """Packed x [1, t, ...] as [t, ...] with 0 after the last sequence, since a tile may reach there."""
+    return x[0].masked_fill((torch.arange(x.shape[1], device=x.device) >= ends[-1])[:, None, None], 0.0)
 
 
 def aligned(x: Tensor) -> Tensor:
