@@ -412,3 +412,19 @@ def test_versions_that_are_missing_or_broken_are_told_apart(standins, monkeypatc
     assert pick(64, 64).version == 4
     monkeypatch.setitem(sys.modules, flash.MODULES[4], None)
     assert "flash-attn-4 does not import: ModuleNotFoundError" in pick(64, 64).why_not
+
+
+def test_readme_has_the_table():
+    readme = (Path(dispatch.__file__).parents[2] / "README.md").read_text()
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in readme.splitlines() if line.startswith("| 4 (")]
+    rows += [
+        [x.strip() for x in line.strip("|").split("|")] for line in readme.splitlines() if line.startswith("| 2 (")
+    ]
+    assert len(rows) == len(flash.SUPPORT)
+    for row, support in zip(rows, flash.SUPPORT, strict=True):
+        version, capability, widths, lse, deterministic, measured = row
+        assert version.startswith(f"{support.version} (") and f"{support.majors[0]}.x" in capability
+        assert f"up to {support.width}" in widths and all(str(pair) in widths for pair in support.pairs)
+        assert ("d_k = d_v" in widths) == (support.equal != "no")
+        assert lse.startswith("yes" if support.lse_gradient else "no")
+        assert (deterministic, measured) == tuple("yes" if x else "no" for x in support[-2:])

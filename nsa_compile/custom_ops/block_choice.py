@@ -35,7 +35,7 @@ def select_blocks(
         q_start: int32 [b] on the device, position of each row's first query; c may then be that of a longer buffer.
         cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; block numbers are local to each.
         scale: factor on q·k, default d_k ** -0.5.
-        impl: "auto", "reference", "triton" or "flash".
+        impl: "auto", "reference" or "triton".
 
     Returns: int32 [b, t, g, n_sel], ascending and unique; -1 in the unused slots, which stand last.
 

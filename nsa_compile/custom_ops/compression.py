@@ -28,7 +28,7 @@ def compress_mean(k: Tensor, *, l: int, d: int, cu_seqlens: Tensor | None = None
         k: [b, s, g, channels] keys or values, float.
         l, d: length and stride of a block in tokens; d divides l.
         cu_seqlens: int32 [N + 1] on the device of k, for b = 1 packed sequences.
-        impl: "auto", "reference", "triton" or "flash".
+        impl: "auto", "reference" or "triton".
 
     Returns: [b, c, g, channels] in the type of k, summed in at least fp32. c = num_cmp(s, l, d); packed: c = s // d
         slots, sequence after sequence, the unused ones 0.

@@ -16,7 +16,7 @@ def gated_sum(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, imp
     Args:
         o_cmp, o_slc, o_win: [b, t, n_heads, d_v] float.
         gates: [b, t, n_heads, 3] in the order cmp, slc, win, of the same type.
-        impl: "auto", "reference", "triton" or "flash".
+        impl: "auto", "reference" or "triton".
 
     Returns: [b, t, n_heads, d_v] in the type of the outputs, summed in at least fp32.
 

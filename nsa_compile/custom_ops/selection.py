@@ -39,7 +39,7 @@ def selected_attention(
         q_start: int32 [b] on the device, position of each row's first query; the keys may then be a longer buffer.
         cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences.
         scale: factor on q·k, default d_k ** -0.5.
-        impl: "auto", "reference", "triton" or "flash".
+        impl: "auto", "reference" or "triton".
 
     Returns: o [b, t, n_heads, d_v] in the type of q, and the natural-log LSE [b, t, n_heads] in fp32 (fp64 for fp64
         inputs), both differentiable. A query without a visible token has o = 0 and LSE = -inf.
