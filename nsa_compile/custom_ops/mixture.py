@@ -33,7 +33,7 @@ def selected_mixture(
         q, k, v, block_indices, l_sel, q_start, cu_seqlens, scale: as `selected_attention` takes them.
         o_cmp, o_win: [b, t, n_heads, d_v] float, outputs of the other branches.
         gates: [b, t, n_heads, 3] in the order cmp, slc, win.
-        impl: "auto", "reference", "triton" or "flash".
+        impl: "auto", "reference" or "triton".
 
     Returns: o [b, t, n_heads, d_v] in the type of q, differentiable in every float argument.
 
