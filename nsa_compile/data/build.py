@@ -323,7 +323,7 @@ def _tokenize_in_order(units: Sequence[Unit], job: _Job, workers: int) -> Genera
         for index, unit in enumerate(units):
             yield job.tokenize(index, unit)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_leave_sigint_to_the_parent)
+    pool = ProcessPoolExecutor(workers, _processes(), initializer=_leave_sigint_to_the_parent)
     try:
         ahead: deque[Future[_Tokenized]] = deque()
         for index, unit in enumerate(units):
@@ -334,6 +334,15 @@ def _tokenize_in_order(units: Sequence[Unit], job: _Job, workers: int) -> Genera
             yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _processes() -> Any:
+    """How processes start: no copies of this one, whose threads may hold locks; torch is loaded once if it can be."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
 
 
 def _leave_sigint_to_the_parent() -> None:
