@@ -19,13 +19,14 @@ import nsa_compile
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops import flash
 from nsa_compile.custom_ops.dispatch import explain_thresholds, resolve_impl
-from nsa_compile.data import load_text, unigram_entropy
+from nsa_compile.data import load_tokenizer, open_shards, unigram_entropy
 from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.terminal import (
     TextStream,
+    build_with_progress,
     can_compile,
     cpp_compiler,
     one_thread,
@@ -33,7 +34,14 @@ from nsa_compile.terminal import (
     say_model,
     train_with_progress,
 )  # fmt: skip
-from nsa_compile.train import DTYPES, METRICS_FILE, TrainConfig, find_checkpoint
+from nsa_compile.train import (
+    DATA_FOLDER,
+    DTYPES,
+    METRICS_FILE,
+    TrainConfig,
+    checkpoint_to_resume,
+    find_checkpoint,
+)
 
 OPS = (
     "compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "gated_sum",
@@ -62,7 +70,7 @@ class ErrorLine(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
             if ctx.params.get("traceback"):
                 raise
             print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -94,10 +102,18 @@ def options(
 Text = Annotated[
     list[Path] | None,
     typer.Option(
-        help="UTF-8 file or folder to read as bytes; may be given several times. "
+        help="Text file, .jsonl, .jsonl.gz or .parquet, or folder of them; may be given several times. "
         "Default: the sources of Python's standard library on this machine."
     ),
 ]
+TokenizerFile = Annotated[
+    Path | None, typer.Option(help="File of the package tokenizers (tokenizer.json).", show_default="bytes")
+]
+EndToken = Annotated[
+    str | None, typer.Option(help="The tokenizer's token after each document.", show_default="<|endoftext|> or alike")
+]
+Field = Annotated[str, typer.Option(help="Where JSON Lines and Parquet have the text.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that tokenize.", show_default="by CPUs and text")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Run the model through torch.compile.")]
 Device = Annotated[str, typer.Option(help='Device, such as "cpu" or "cuda".')]
 Kind = Annotated[DType, typer.Option(help="Type of weights and activations alike.")]
@@ -123,18 +139,63 @@ def demo(
         run_demo(text or [], out or free_folder("nsa-demo"), steps, compile)
 
 
+@app.command()
+def tokenize(
+    text: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Text files, .jsonl, .jsonl.gz, .parquet, or folders of them.", show_default="as in train"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("nsa-data"),
+    tokenizer: TokenizerFile = None,
+    end_token: EndToken = None,
+    field: Field = "text",
+    held_out: Annotated[float, typer.Option(help="Share of the documents to hold out.")] = 0.05,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 2**28,
+    workers: Workers = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace what shards --out holds.")] = False,
+) -> None:
+    """Turn text into memory-mapped token shards for `train --data`, in several processes.
+
+    Shards of the same text and settings are taken as they are, after a look at every byte.
+    """
+    console = Console(markup=False, highlight=False)
+    corpus = build_with_progress(
+        console, text or [], out, tokenizer=load_tokenizer(tokenizer, end_token=end_token), field=field,
+        held_out=held_out, shard_tokens=shard_tokens, workers=workers, rebuild=rebuild,
+    )  # fmt: skip
+    for part in (corpus.train, corpus.validation):
+        part.verify()
+    say_corpus(console, corpus)
+    n_shards = len(corpus.train.shards) + len(corpus.validation.shards)
+    console.print(f"{n_shards} shards in {out}, vocabulary of {corpus.vocab_size:,}, left out {corpus.n_skipped} "
+                  "documents that are empty or no text", soft_wrap=True)  # fmt: skip
+
+
 @app.command("train")
 def train_command(
     text: Text = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Token shards of `tokenize`, in place of --text.", show_default="OUT/data")
+    ] = None,
+    tokenizer: TokenizerFile = None,
+    end_token: EndToken = None,
+    field: Field = "text",
+    workers: Workers = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics.")] = Path("nsa-run"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out: same text and options.")] = False,
     steps: Annotated[int, typer.Option(help="Updates.")] = 1000,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Windows of an update.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Rows of an update.")] = 8,
+    packed: Annotated[
+        bool, typer.Option("--packed/--joined", help="Keep attention within documents, or let it cross them in a row.")
+    ] = True,
+    max_documents: Annotated[
+        int | None, typer.Option(help="Most documents in a row, if packed.", show_default="as many as there are")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Highest learning rate, after warm-up; then a cosine.")] = 1e-3,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 50,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights and of the order of the windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and of the order of the rows.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     eval_every: Annotated[int, typer.Option(help="Steps between losses on held-out text.")] = 200,
     eval_batches: Annotated[int, typer.Option(help="Batches of held-out text.")] = 8,
@@ -156,7 +217,7 @@ def train_command(
     phi: Annotated[str, typer.Option(help='Compressor: "avg" or "mlp".')] = "avg",
     gate: Annotated[str, typer.Option(help='Gate: "softmax" or "sigmoid".')] = "softmax",
 ) -> None:
-    """Train a byte model on text: AdamW, warm-up and cosine, clipping; checkpoints and metrics in --out.
+    """Train a model on text: AdamW, warm-up and cosine, clipping; token shards, checkpoints and metrics in --out.
 
     Ctrl-C ends the run after the step at hand and saves; --resume continues it exactly. A loss that is not finite
     stops the run before it changes the weights.
@@ -166,13 +227,23 @@ def train_command(
     config = TrainConfig(
         steps=steps, seq_len=seq_len, batch_size=batch_size, lr=lr, warmup=warmup, clip=clip, seed=seed,
         dtype=dtype.value, compile=compile and can_compile(console, device), eval_every=eval_every,
-        eval_batches=eval_batches, save_every=save_every,
+        eval_batches=eval_batches, save_every=save_every, packed=packed, max_documents=max_documents,
     )  # fmt: skip
     model_config = NSAConfig(
         dim=dim, n_heads=n_heads, n_kv_groups=n_kv_groups, d_k=d_k, d_v=d_v, l=l, d=d, l_sel=l_sel, n_sel=n_sel, w=w,
         phi=phi, gate=gate, n_layers=n_layers, vocab_size=256, attention=attention.value,
     )  # fmt: skip
-    corpus = load_text(text or [])
+    checkpoint_to_resume(out, resume)
+    if data is not None:
+        if text or tokenizer or end_token:
+            raise ValueError("data: expected token shards alone, got --text, --tokenizer or --end-token beside them")
+        corpus = open_shards(data)
+    else:
+        corpus = build_with_progress(
+            console, text or [], out / DATA_FOLDER, tokenizer=load_tokenizer(tokenizer, end_token=end_token),
+            field=field, workers=workers,
+        )  # fmt: skip
+    model_config = dataclasses.replace(model_config, vocab_size=corpus.vocab_size)
     say_corpus(console, corpus)
     torch.manual_seed(seed)
     model = NSALanguageModel(model_config).to(target)
@@ -181,7 +252,9 @@ def train_command(
     if result.val_loss is not None:
         entropy = unigram_entropy(corpus.train)
         console.print(
-            f"loss on held-out text {result.val_loss:.3f} nats/byte; entropy of single bytes {entropy:.3f} nats/byte"
+            f"loss on held-out text {result.val_loss:.3f} nats/{corpus.unit}; entropy of single {corpus.unit}s "
+            f"{entropy:.3f} nats/{corpus.unit}",
+            soft_wrap=True,
         )
     console.print(f"checkpoint {result.checkpoint}, metrics {out / METRICS_FILE}", soft_wrap=True)
 

@@ -12,14 +12,21 @@ from rich.table import Table
 from torch import Tensor
 
 from nsa_compile.config import NSAConfig
-from nsa_compile.data import Corpus, load_text, unigram_entropy
+from nsa_compile.data import Corpus, unigram_entropy
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.graphs.prefill import prefill
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.module import BRANCHES
-from nsa_compile.terminal import TextStream, can_compile, say_corpus, say_model, train_with_progress
-from nsa_compile.train import METRICS_FILE, TrainConfig
+from nsa_compile.terminal import (
+    TextStream,
+    build_with_progress,
+    can_compile,
+    say_corpus,
+    say_model,
+    train_with_progress,
+)
+from nsa_compile.train import DATA_FOLDER, METRICS_FILE, TrainConfig, checkpoint_to_resume
 
 DECODE_FILE = "decode.jsonl"
 DEMO_MODEL = NSAConfig(
@@ -34,7 +41,8 @@ DECODE_TOLERANCE = 1e-9
 def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None:
     """The parts of `demo`, one after the other."""
     console = Console(markup=False, highlight=False)
-    corpus = load_text(text)
+    checkpoint_to_resume(out, False)
+    corpus = build_with_progress(console, text, out / DATA_FOLDER)
     entropy = unigram_entropy(corpus.train)
     say_corpus(console, corpus)
     compile = compile and can_compile(console, "cpu")
@@ -42,7 +50,7 @@ def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None
     model = NSALanguageModel(DEMO_MODEL)
     config = TrainConfig(
         steps=steps, seq_len=DEMO_SEQ_LEN, batch_size=4, lr=4e-3, warmup=max(1, steps // 10), compile=compile,
-        eval_every=steps, eval_batches=8, save_every=steps,
+        eval_every=steps, eval_batches=8, save_every=steps, packed=False,
     )  # fmt: skip
     say_model(console, model, config)
     result = train_with_progress(console, model, corpus, config, out, resume=False)
@@ -53,7 +61,7 @@ def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None
     prompt, reads = stream_demo(console, model, corpus)
     (out / DECODE_FILE).write_text("".join(json.dumps(step._asdict()) + "\n" for step in reads.steps))
     show_reads(console, reads.steps)
-    window = corpus.validation[: DEMO_SEQ_LEN * 8].long().view(-1, DEMO_SEQ_LEN)
+    window = held_out_tokens(corpus, DEMO_SEQ_LEN * 8).view(-1, DEMO_SEQ_LEN)
     show_gates(console, model, window)
     difference = decode_difference(model, prompt, reads.tokens)
     equal = difference <= DECODE_TOLERANCE
@@ -95,7 +103,7 @@ class Streamed(NamedTuple):
 
 def stream_demo(console: Console, model: NSALanguageModel, corpus: Corpus) -> tuple[list[int], Streamed]:
     """Continue the start of the held-out text from a static cache, printing it as it comes."""
-    prompt = corpus.validation[:DEMO_PROMPT].tolist()
+    prompt = held_out_tokens(corpus, DEMO_PROMPT).tolist()
     cache = NSACache.for_model(model, 1, DEMO_PROMPT + DEMO_NEW)
     stream, steps = TextStream(), []
 
@@ -122,6 +130,11 @@ def stream_demo(console: Console, model: NSALanguageModel, corpus: Corpus) -> tu
     stream.close()
     console.rule()
     return prompt, Streamed(result.tokens[0], steps)
+
+
+def held_out_tokens(corpus: Corpus, n: int) -> Tensor:
+    """The first n tokens of the held-out text, int64 [n]."""
+    return corpus.validation.read(0, n)
 
 
 def show_reads(console: Console, steps: Sequence[StepReads]) -> None:

@@ -2,15 +2,24 @@
 
 import codecs
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from nsa_compile.data import Corpus
+from nsa_compile.data import BuildProgress, Corpus, build_shards
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.train import StepMetrics, TrainConfig, TrainResult, train
 
@@ -44,11 +53,28 @@ def can_compile(console: Console, device: str) -> bool:
 
 def say_corpus(console: Console, corpus: Corpus) -> None:
     """One line about the text."""
+    documents = corpus.train.n_documents + corpus.validation.n_documents
     console.print(
-        f"text: {corpus.source}: {corpus.n_files} files, {corpus.train.numel():,} bytes to train on, "
-        f"{corpus.validation.numel():,} held out",
+        f"text: {corpus.source}: {corpus.n_files} files, "
+        + (f"{documents:,} documents, " if documents > corpus.n_files + 1 else "")
+        + f"{corpus.train.n_tokens:,} {corpus.unit}s to train on, {corpus.validation.n_tokens:,} held out",
         soft_wrap=True,
     )
+
+
+def build_with_progress(console: Console, paths: Sequence[str | Path], out: str | Path, **options: Any) -> Corpus:
+    """`build_shards` with a bar of the bytes read, where the output is a terminal."""
+    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TextColumn("{task.description}"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(now: BuildProgress) -> None:
+            line = f"{now.n_documents:,} documents, {now.n_tokens:,} tokens"
+            progress.update(task, completed=now.n_bytes, total=now.total_bytes, description=line)
+
+        return build_shards(paths, out, on_progress=show, **options)
 
 
 def say_model(console: Console, model: NSALanguageModel, config: TrainConfig) -> None:
@@ -56,7 +82,7 @@ def say_model(console: Console, model: NSALanguageModel, config: TrainConfig) ->
     c, n = model.config, sum(p.numel() for p in model.parameters())
     sizes = f"l={c.l} d={c.d} l_sel={c.l_sel} n_sel={c.n_sel} w={c.w}" if c.attention == "nsa" else "dense attention"
     console.print(
-        f"model: {n:,} parameters, {c.n_layers} layers of {c.dim}, {sizes}, windows of {config.seq_len} bytes, "
+        f"model: {n:,} parameters, {c.n_layers} layers of {c.dim}, {sizes}, rows of {config.seq_len} tokens, "
         + ("compiled (the first step takes a while)" if config.compile else "not compiled"),
         soft_wrap=True,
     )

@@ -18,12 +18,14 @@ from safetensors.torch import load_model
 from torch import Tensor
 
 from nsa_compile.config import NSAConfig
-from nsa_compile.data import Corpus, check_text, training_batch, validation_batches
+from nsa_compile.data import Batch, Corpus, PackedBatches, TokenShards, prefetch
 from nsa_compile.model import NSALanguageModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATE_FILE = "train_state.pt"
 METRICS_FILE = "metrics.jsonl"
+DATA_FOLDER = "data"
+"""Where the commands put the token shards of a run."""
 MAY_CHANGE = ("steps", "compile", "eval_every", "eval_batches", "save_every")
 """Settings that a resumed run may change; `steps` changes the rest of the schedule, `compile` the rounding."""
 
@@ -35,9 +37,13 @@ class TrainConfig:
     steps: int = 1000
     """Updates."""
     seq_len: int = 512
-    """Tokens of a window, each predicted from those before it."""
+    """Tokens of a row, each predicted from those before it."""
     batch_size: int = 8
-    """Windows of an update."""
+    """Rows of an update."""
+    packed: bool = True
+    """Whether attention stays within a document (`cu_seqlens`); else a row is one sequence: faster on a CPU."""
+    max_documents: int | None = None
+    """Most pieces of documents in a row, None for as many as there are; see `PackedBatches`."""
     lr: float = 1e-3
     """Highest learning rate."""
     warmup: int = 50
@@ -49,7 +55,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 0
-    """Decides the order of the windows."""
+    """Decides the order of documents and rows."""
     dtype: str = "fp32"
     """Type of weights, activations and optimizer state alike: "fp32" or "bf16"."""
     compile: bool = True
@@ -65,6 +71,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_every", "eval_batches", "save_every"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         self._expect("seq_len", self.seq_len >= 2, "at least 2")
+        self._expect("max_documents", self.max_documents is None or self.max_documents >= 1, "None or at least 1")
         self._expect("warmup", self.warmup >= 0, "at least 0")
         for name in ("lr", "clip"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a positive number")
@@ -116,24 +123,23 @@ def train(
     resume: bool = False,
     on_step: Callable[[StepMetrics], None] | None = None,
 ) -> TrainResult:
-    """Train a model on text; its weights change in place, to `config.dtype` too.
+    """Train a model on token shards; its weights change in place, to `config.dtype` too.
 
     `out` gets checkpoints `step-NNNNNN` (what `save_pretrained` writes and the optimizer's state; the newest one stays)
     and `metrics.jsonl`, a line per step. With `resume` the run continues from the newest checkpoint as if it had never
     stopped: the same batches, learning rates and, on the same machine, the same losses to the bit. SIGINT ends the
     run after the step at hand, with a checkpoint; a second one ends it at once.
 
-    Raises: ValueError for text that is too short, an `out` that holds a run already, or one that does not fit `resume`;
+    Raises: ValueError for text that is too short, tokens that the model does not know, an `out` that holds a run
+        already, or one that does not fit `resume`;
         FloatingPointError for a loss or gradient that is not finite, before it changes the weights.
     """
     out = Path(out)
     check_text(corpus.train, config.seq_len, "training")
     check_text(corpus.validation, config.seq_len, "validation")
-    newest = find_checkpoint(out)
-    if newest is not None and not resume:
-        raise ValueError(f"out: expected a folder without checkpoints, or resume, got {newest}")
-    if newest is None and resume:
-        raise ValueError(f"resume: expected a folder with checkpoints of a run, got {out}")
+    if corpus.vocab_size > model.config.vocab_size:
+        raise ValueError(f"model: expected a vocab_size of {corpus.vocab_size} or more, got {model.config.vocab_size}")
+    newest = checkpoint_to_resume(out, resume)
     model.to(DTYPES[config.dtype])
     optimizer = make_optimizer(model, config)
     done = 0 if newest is None else _load_checkpoint(newest, model, optimizer, config, corpus)
@@ -141,21 +147,26 @@ def train(
     _drop_metrics_after(out / METRICS_FILE, done)
     loss_function = torch.compile(model.loss, fullgraph=True, dynamic=False) if config.compile else model.loss
 
+    batches = make_batches(corpus.train, config, seed=config.seed)
+    held_out = make_batches(corpus.validation, config, seed=None, max_documents=batches.max_documents)
+
     device, val_loss = model.head.weight.device, None
-    with _interrupt_flag() as interrupted, (out / METRICS_FILE).open("a") as metrics_file:
+    with (
+        _interrupt_flag() as interrupted,
+        (out / METRICS_FILE).open("a") as metrics_file,
+        prefetch(batches.batch, range(done, config.steps), device=device) as stream,
+    ):
         while done < config.steps and not interrupted.is_set():
             start = time.perf_counter()
-            ids = training_batch(
-                corpus.train, done, seed=config.seed, batch_size=config.batch_size, seq_len=config.seq_len
-            ).to(device)
+            batch = next(stream)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(done)
-            loss, grad_norm = _update(model, optimizer, loss_function, ids, config, done + 1)
+            loss, grad_norm = _update(model, optimizer, loss_function, batch, config, done + 1)
             done += 1
-            tokens_per_s = ids.numel() / (time.perf_counter() - start)
+            tokens_per_s = batch.ids.numel() / (time.perf_counter() - start)
             evaluated = None
             if done % config.eval_every == 0 or done == config.steps:
-                evaluated = val_loss = evaluate(loss_function, corpus.validation, config, device)
+                evaluated = val_loss = evaluate(loss_function, held_out, config, device)
             metrics = StepMetrics(done, loss, config.lr_at(done - 1), grad_norm, tokens_per_s, evaluated)
             metrics_file.write(json.dumps({k: v for k, v in metrics._asdict().items() if v is not None}) + "\n")
             metrics_file.flush()
@@ -178,14 +189,14 @@ def make_optimizer(model: NSALanguageModel, config: TrainConfig) -> torch.optim.
 def _update(
     model: NSALanguageModel,
     optimizer: torch.optim.Optimizer,
-    loss_function: Callable[[Tensor], Tensor],
-    ids: Tensor,
+    loss_function: Callable[[Tensor, Tensor | None], Tensor],
+    batch: Batch,
     config: TrainConfig,
     step: int,
 ) -> tuple[float, float]:
     """One step of the optimizer; returns the loss and the norm of the gradient before clipping."""
     optimizer.zero_grad(set_to_none=True)
-    loss = loss_function(ids)
+    loss = loss_function(batch.ids, batch.cu_seqlens)
     loss_value = loss.item()
     _check_finite("loss", loss_value, step)
     loss.backward()
@@ -203,18 +214,54 @@ def _check_finite(name: str, value: float, step: int) -> None:
         )
 
 
+def check_text(tokens: TokenShards, seq_len: int, name: str) -> None:
+    """Raise ValueError for a text of less than seq_len + 1 tokens."""
+    if tokens.n_tokens < seq_len + 1:
+        raise ValueError(
+            f"text: expected at least seq_len + 1 = {seq_len + 1} tokens for {name}, got {tokens.n_tokens}: "
+            "give more text or a shorter seq_len"
+        )
+
+
+def make_batches(
+    tokens: TokenShards, config: TrainConfig, *, seed: int | None, max_documents: int | None = None
+) -> PackedBatches:
+    """The batches of a run's settings, in the order of a seed."""
+    return PackedBatches(
+        tokens, seq_len=config.seq_len, batch_size=config.batch_size, seed=seed, packed=config.packed,
+        max_documents=max_documents or config.max_documents,
+    )  # fmt: skip
+
+
 def evaluate(
-    loss_function: Callable[[Tensor], Tensor], tokens: Tensor, config: TrainConfig, device: torch.device
+    loss_function: Callable[[Tensor, Tensor | None], Tensor],
+    batches: PackedBatches,
+    config: TrainConfig,
+    device: torch.device,
 ) -> float:
-    """Mean loss on evenly spaced windows of held-out text, in nats per token."""
+    """Mean loss on evenly spaced rows of held-out text, in nats per token."""
     # with gradients on, as in training, so that a compiled loss function needs no second graph
-    batches = validation_batches(tokens, config.eval_batches, batch_size=config.batch_size, seq_len=config.seq_len)
-    return sum(loss_function(ids.to(device)).item() for ids in batches) / config.eval_batches
+    total = n_targets = 0.0
+    for batch in batches.evenly_spaced(config.eval_batches):
+        ids, cu_seqlens, n = batch.to(device)
+        total += loss_function(ids, cu_seqlens).item() * n
+        n_targets += n
+    return total / max(1.0, n_targets)
 
 
 def find_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint `step-NNNNNN` in a run's folder; None if there is none."""
     return max(Path(folder).glob("step-[0-9]*[0-9]"), key=lambda path: int(path.name[5:]), default=None)
+
+
+def checkpoint_to_resume(out: str | Path, resume: bool) -> Path | None:
+    """The newest checkpoint to resume a run from. Raises ValueError for one without `resume`, and for none with it."""
+    newest = find_checkpoint(out)
+    if newest is not None and not resume:
+        raise ValueError(f"out: expected a folder without checkpoints, or resume, got {newest}")
+    if newest is None and resume:
+        raise ValueError(f"resume: expected a folder with checkpoints of a run, got {out}")
+    return newest
 
 
 def _save_checkpoint(

@@ -141,6 +141,51 @@ def test_an_interrupted_train_resumes_with_the_same_losses(text, trained, tmp_pa
     one_line_error(run(*arguments, "--resume", "--w", 7), "resume: expected the model's w = 6, got 7")
 
 
+def test_tokenize_leaves_shards_that_train_takes(text, trained, tmp_path):
+    shards = tmp_path / "shards"
+    result = run("tokenize", text, "--out", shards, "--shard-tokens", 4000)
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.split())
+    assert "4 files" in shown and "bytes to train on" in shown and "vocabulary of 256, left out 0 documents" in shown
+    assert (shards / "train-00001.bin").is_file()
+    assert run("tokenize", text, "--out", shards, "--shard-tokens", 4000).stdout == result.stdout
+    one_line_error(run("tokenize", text, "--out", shards), "out: expected token shards", "other shard_tokens = 4000")
+    assert run("tokenize", text, "--out", shards, "--rebuild").exit_code == 0
+    assert not (shards / "train-00001.bin").exists()
+
+    result = run("train", "--data", shards, "--out", tmp_path / "run", "--steps", 6, *TINY)
+    assert result.exit_code == 0, result.output
+    assert losses(tmp_path / "run") == losses(trained[0])
+    assert not (tmp_path / "run" / "data").exists() and (trained[0] / "data" / "manifest.json").is_file()
+    one_line_error(run("train", "--data", shards, "--text", text, *TINY), "data: expected token shards alone")
+    one_line_error(run("train", "--data", text, *TINY), "data: expected a folder of token shards with manifest.json")
+
+
+def test_a_tokenizer_file_gives_a_model_of_its_vocabulary(text, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = ["?", "<stop>", "is", "times", *(str(n) for n in range(600))]
+    model.model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?")
+    model.save(str(tmp_path / "words.json"))
+    arguments = (
+        "train",
+        "--text",
+        text,
+        "--tokenizer",
+        tmp_path / "words.json",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+    )
+    one_line_error(run(*arguments, *TINY), "end_token: expected a token of")
+    result = run(*arguments, "--end-token", "<stop>", *TINY)
+    assert result.exit_code == 0, result.output
+    assert "tokens to train on" in result.stdout and "nats/token" in result.stdout
+    assert NSALanguageModel.from_pretrained(find_checkpoint(tmp_path / "run")).config.vocab_size == 604
+
+
 def test_dense_attention_trains(text, tmp_path):
     result = run(
         "train", "--text", text, "--out", tmp_path, "--steps", 1, "--attention", "dense", "--dtype", "bf16", *TINY
@@ -239,11 +284,18 @@ def test_traceback_shows_where_an_error_comes_from():
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "generate", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "tokenize", "train", "generate", "info"])
 def test_help_tells_what_a_command_does(command):
     result = run(*([command] if command else []), "--help")
     assert result.exit_code == 0
-    words = {"": "demo", "demo": "exit code 1", "train": "--resume", "generate": "streaming", "info": "compiler"}
+    words = {
+        "": "demo",
+        "demo": "exit code 1",
+        "tokenize": "token shards",
+        "train": "--resume",
+        "generate": "streaming",
+        "info": "compiler",
+    }
     assert words[command] in result.stdout
 
 

@@ -1,4 +1,4 @@
-"""Text, batches, the training loop: schedule, checkpoints, exact resume, interruption, losses that are not finite."""
+"""The training loop: schedule, checkpoints, exact resume, interruption, losses that are not finite."""
 
 import dataclasses
 import itertools
@@ -12,14 +12,7 @@ import torch
 from models import needs_compiler
 
 from nsa_compile import NSAConfig, NSALanguageModel
-from nsa_compile.data import (
-    Corpus,
-    find_text,
-    load_text,
-    training_batch,
-    unigram_entropy,
-    validation_batches,
-)
+from nsa_compile.data import Corpus, build_shards, unigram_entropy
 from nsa_compile.train import METRICS_FILE, TrainConfig, find_checkpoint, make_optimizer, train
 
 MODEL = NSAConfig(
@@ -36,10 +29,11 @@ def make_model(seed: int = 0) -> NSALanguageModel:
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    text = b"".join(b"%d times %d is %d\n" % (i, j, i * j) for i in range(30) for j in range(9))
-    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return Corpus(tokens[600:], tokens[:600], 2, "tables")
+def corpus(tmp_path_factory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text("".join(f"{i} times {j} is {i * j}\n" for j in range(9)))
+    return build_shards([folder], folder / "shards", held_out=0.15)
 
 
 def read_metrics(folder) -> list[dict]:
@@ -58,91 +52,6 @@ def unbroken(corpus, tmp_path_factory):
     return folder, model.state_dict()
 
 
-@pytest.fixture
-def texts(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "two.txt").write_text("second")
-    (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "c.md").write_text("third ümlaut")
-    (tmp_path / "image.bin").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "zero.txt").write_bytes(b"a\x00b")
-    (tmp_path / "empty.txt").write_bytes(b"")
-    for hidden in (".git", "__pycache__"):
-        (tmp_path / hidden).mkdir()
-        (tmp_path / hidden / "d.txt").write_text("not this")
-    return tmp_path
-
-
-def test_folders_give_their_text_files_in_order_with_zero_bytes_between(texts):
-    corpus = load_text([texts])
-    assert corpus.n_files == 3
-    parts = [bytes(x.tolist()) for x in (corpus.train, corpus.validation)]
-    assert sorted(b"\0".join(parts).split(b"\0")) == [b"first", b"second", "third ümlaut".encode()]
-    order = [b"first", b"second", "third ümlaut".encode()]
-    assert parts[0].split(b"\0") == [text for text in order if text in parts[0]]
-    assert len(parts[1].split(b"\0")) == 1  # whole files are held out, here one
-    assert corpus.digest() == load_text([texts]).digest()
-    assert [name for name, _ in find_text([texts, texts / "a.txt"])] == sorted(name for name, _ in find_text([texts]))
-
-
-def test_what_is_held_out_depends_on_names_only(tmp_path):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        for i in range(40):
-            (tmp_path / folder / f"{i}.txt").write_text(f"{folder} file {i}")
-    held = [bytes(load_text([tmp_path / f], held_out=0.3).validation.tolist()).decode() for f in ("x", "y")]
-    assert held[0].replace("x", "y") == held[1]
-    assert 4 <= held[0].count("file") <= 20
-
-
-def test_of_a_single_file_the_end_is_held_out(tmp_path):
-    (tmp_path / "a.txt").write_text("0123456789" * 10)
-    corpus = load_text([tmp_path / "a.txt"], held_out=0.1)
-    assert (corpus.train.numel(), corpus.validation.numel()) == (90, 10)
-
-
-def test_the_default_text_is_the_standard_library():
-    names = [name for name, _ in find_text()]
-    assert {"argparse.py", "json/decoder.py"} <= set(names)
-    assert all(name.endswith(".py") and "site-packages" not in name for name in names)
-
-
-def test_text_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"text: expected files or folders, got .*nowhere, which does not exist"):
-        load_text([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="text: expected text files, got none in"):
-        load_text([tmp_path])
-    (tmp_path / "image").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="text: expected UTF-8 text, got none in"):
-        load_text([tmp_path])
-
-
-def test_a_batch_depends_on_seed_and_step_only(corpus):
-    shape = {"batch_size": 4, "seq_len": 9}
-    batches = {
-        (seed, step): training_batch(corpus.train, step, seed=seed, **shape) for seed in (0, 1) for step in (0, 1)
-    }
-    torch.manual_seed(7)  # the global generator plays no part
-    for (seed, step), batch in batches.items():
-        assert batch.shape == (4, 9) and batch.dtype == torch.int64
-        assert torch.equal(batch, training_batch(corpus.train, step, seed=seed, **shape))
-    assert len({tuple(batch.flatten().tolist()) for batch in batches.values()}) == 4
-
-
-def test_windows_reach_both_ends_of_the_text():
-    tokens = torch.arange(12, dtype=torch.uint8)
-    drawn = torch.cat([training_batch(tokens, step, seed=0, batch_size=8, seq_len=4) for step in range(20)])
-    assert set(drawn[:, 0].tolist()) == set(range(9))
-    assert torch.equal(drawn, drawn[:, :1] + torch.arange(4))
-    held = list(validation_batches(tokens, 2, batch_size=2, seq_len=4))
-    assert [batch[:, 0].tolist() for batch in held] == [[0, 2], [5, 8]]
-
-
-def test_unigram_entropy_is_that_of_the_bytes():
-    assert unigram_entropy(torch.arange(256, dtype=torch.uint8)) == pytest.approx(math.log(256))
-    assert unigram_entropy(torch.tensor([1, 1, 1, 2], dtype=torch.uint8)) == pytest.approx(0.5623, abs=1e-4)
-
-
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
     config = TrainConfig(steps=110, warmup=10, lr=1.0, final_lr=0.1)
     rates = [config.lr_at(step) for step in range(110)]
@@ -155,7 +64,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
 @pytest.mark.parametrize(
     "name, value",
     [("steps", 0), ("seq_len", 1), ("batch_size", 0), ("lr", 0.0), ("lr", math.nan), ("warmup", -1), ("clip", -1.0),
-     ("final_lr", 2.0), ("dtype", "fp8"), ("weight_decay", -0.1), ("save_every", 0)],
+     ("final_lr", 2.0), ("dtype", "fp8"), ("weight_decay", -0.1), ("save_every", 0), ("max_documents", 0)],
 )  # fmt: skip
 def test_bad_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected .*, got"):
@@ -181,8 +90,9 @@ def test_a_run_leaves_metrics_and_one_checkpoint(unbroken):
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-def test_training_learns(corpus, tmp_path):
-    config = dataclasses.replace(CONFIG, steps=60, batch_size=8, eval_every=60)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "joined"])
+def test_training_learns(corpus, tmp_path, packed):
+    config = dataclasses.replace(CONFIG, steps=60, batch_size=8, eval_every=60, packed=packed)
     result = train(make_model(), corpus, config, tmp_path)
     assert result.val_loss < unigram_entropy(corpus.train) - 0.2
 
@@ -272,9 +182,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(corpus, tmp_path)
 
 
 def test_what_does_not_fit_is_refused(corpus, tmp_path, unbroken):
-    short = Corpus(corpus.train[:24], corpus.validation, 1, "short")
-    with pytest.raises(ValueError, match=r"text: expected at least seq_len \+ 1 = 25 bytes for training, got 24"):
+    (tmp_path / "short.txt").write_text("x" * 24)
+    short = build_shards([tmp_path / "short.txt"], tmp_path / "short")
+    (tmp_path / "out").mkdir()
+    tmp_path = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"text: expected at least seq_len \+ 1 = 25 tokens for training, got 24"):
         train(make_model(), short, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="model: expected a vocab_size of 256 or more, got 255"):
+        train(NSALanguageModel(dataclasses.replace(MODEL, vocab_size=255)), corpus, CONFIG, tmp_path)
     with pytest.raises(ValueError, match="resume: expected a folder with checkpoints"):
         train(make_model(), corpus, CONFIG, tmp_path, resume=True)
     assert list(tmp_path.iterdir()) == []
@@ -286,7 +201,7 @@ def test_what_does_not_fit_is_refused(corpus, tmp_path, unbroken):
     with pytest.raises(ValueError, match=r"resume: expected the run's lr = 0\.01, got 0\.5"):
         train(make_model(), corpus, dataclasses.replace(CONFIG, lr=0.5), folder, resume=True)
     with pytest.raises(ValueError, match="resume: expected the text that the run was trained on"):
-        train(make_model(), corpus._replace(train=corpus.validation), CONFIG, folder, resume=True)
+        train(make_model(), dataclasses.replace(corpus, train=corpus.validation), CONFIG, folder, resume=True)
     with pytest.raises(ValueError, match="resume: expected the model's w = 6, got 7"):
         train(NSALanguageModel(dataclasses.replace(MODEL, w=7)), corpus, CONFIG, folder, resume=True)
     assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

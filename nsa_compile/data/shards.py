@@ -1,0 +1,203 @@
+"""Token shards on disk: documents as token ids in memory-mapped files, and the manifest that says what they are."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_compile.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 1
+MANIFEST, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
+PARTS = ("train", "validation")
+
+
+class Shard(NamedTuple):
+    """A pair of files: `NAME.bin` with token ids, `NAME.ends` with the end of each document, int64 [documents]."""
+
+    name: str
+    tokens: int
+    documents: int
+    sha256: str
+    """Of both files, one after the other."""
+
+    def files(self, folder: Path) -> tuple[Path, Path]:
+        """The files of token ids and of ends."""
+        return folder / f"{self.name}.bin", folder / f"{self.name}.ends"
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type, little-endian, of token ids below `vocab_size`."""
+    return np.dtype("<u1" if vocab_size <= 2**8 else "<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class TokenShards:
+    """The documents of a part, one after the other as one long row of tokens that stays on disk; picklable.
+
+    Each document ends with the end-of-document token. `starts` int64 [n_documents + 1] is where each starts, and
+    the end of the last.
+
+    Raises: ValueError naming the file that is missing, or whose size or ends are not those of the manifest.
+    """
+
+    def __init__(self, folder: str | Path, shards: Sequence[Shard], *, vocab_size: int) -> None:
+        self.folder, self.shards, self.vocab_size = Path(folder), tuple(shards), vocab_size
+        self.type = token_type(vocab_size)
+        self._bounds = np.cumsum([0, *(shard.tokens for shard in self.shards)], dtype=np.int64)
+        self._maps: dict[int, np.ndarray] = {}
+        self.starts = np.zeros(1 + sum(shard.documents for shard in self.shards), np.int64)
+        done = 1
+        for shard, base in zip(self.shards, self._bounds.tolist(), strict=False):
+            tokens, ends = shard.files(self.folder)
+            _check_size(tokens, shard.tokens * self.type.itemsize)
+            _check_size(ends, shard.documents * 8)
+            here = self.starts[done : done + shard.documents]
+            here[:] = np.fromfile(ends, "<i8")
+            if shard.documents and not (here[0] > 0 and (here[1:] > here[:-1]).all() and here[-1] == shard.tokens):
+                raise ValueError(
+                    f"data: expected {ends} with ends that rise to {shard.tokens}, got others; build it anew"
+                )
+            here += base
+            done += shard.documents
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # a memory map would be pickled with all it holds
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, ends of documents counted."""
+        return int(self._bounds[-1])
+
+    @property
+    def n_documents(self) -> int:
+        """Documents."""
+        return len(self.starts) - 1
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Tokens start … stop - 1 of the long row, int64 [stop - start]. Raises IndexError beyond its ends."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens: expected 0 <= start <= stop <= {self.n_tokens}, got {start} and {stop}")
+        out = np.empty(stop - start, np.int64)
+        shard, done = int(np.searchsorted(self._bounds, start, side="right")) - 1, 0
+        while done < len(out):
+            first = start + done - int(self._bounds[shard])
+            n = min(self.shards[shard].tokens - first, len(out) - done)
+            out[done : done + n] = self._map(shard)[first : first + n]
+            shard, done = shard + 1, done + n
+        return torch.from_numpy(out)
+
+    def document(self, index: int) -> Tensor:
+        """The tokens of a document, its end-of-document token included, int64 [n]."""
+        return self.read(int(self.starts[index]), int(self.starts[index + 1]))
+
+    def verify(self) -> None:
+        """Read everything and raise ValueError naming the files whose checksum is not that of the manifest."""
+        for shard in self.shards:
+            files, total = shard.files(self.folder), hashlib.sha256()
+            for path in files:
+                with path.open("rb") as file:
+                    while block := file.read(2**22):
+                        total.update(block)
+            if total.hexdigest() != shard.sha256:
+                raise ValueError(f"data: expected {files[0]} and its .ends as they were built, got other bytes")
+
+    def digest(self) -> str:
+        """A name for exactly these documents, as they are stored."""
+        return hashlib.sha256(" ".join([self.type.str, *(shard.sha256 for shard in self.shards)]).encode()).hexdigest()
+
+    def _map(self, index: int) -> np.ndarray:
+        if index not in self._maps:
+            self._maps[index] = np.memmap(self.shards[index].files(self.folder)[0], self.type, mode="r")
+        return self._maps[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What `build_shards` left in a folder: documents to train on and those held out."""
+
+    folder: Path
+    train: TokenShards
+    validation: TokenShards
+    vocab_size: int
+    end_token: int
+    """The token after each document."""
+    unit: str
+    """What a token is: "byte" or "token"."""
+    source: str
+    n_files: int
+    n_skipped: int
+    """Documents left out: empty, with a zero byte, or no UTF-8 text."""
+
+    def digest(self) -> str:
+        """A name for exactly these documents, as they are stored."""
+        return "-".join(part.digest()[:16] for part in (self.train, self.validation))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made them."""
+        if self.unit == "byte":
+            return load_tokenizer(None)
+        return load_tokenizer(self.folder / TOKENIZER_FILE, end_token=read_manifest(self.folder)["end_name"])
+
+
+def open_shards(folder: str | Path, *, verify: bool = False) -> Corpus:
+    """Open what `build_shards` wrote; `verify` reads it all and compares checksums.
+
+    Raises: ValueError naming the folder or file that is missing, cut short, changed, or of another format.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    train, validation = (
+        TokenShards(folder, [Shard(**s) for s in manifest[part]], vocab_size=manifest["vocab_size"]) for part in PARTS
+    )
+    if verify:
+        train.verify()
+        validation.verify()
+    names = ("vocab_size", "end_token", "unit", "source", "n_files", "n_skipped")
+    return Corpus(folder=folder, train=train, validation=validation, **{name: manifest[name] for name in names})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of shards. Raises ValueError where there is none that this version reads."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"data: expected a folder of token shards with {MANIFEST}, got {folder}")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"data: expected a manifest of token shards, got {path}: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"data: expected {path} of format {FORMAT}, got {version!r}; build the shards anew")
+    return manifest
+
+
+def unigram_entropy(tokens: TokenShards, *, most: int = 2**28) -> float:
+    """Entropy of the distribution of single tokens, in nats per token: the loss of the best model without context.
+
+    Counts all of them, or of more than `most` that many from evenly spaced places.
+    """
+    block = 2**20
+    n_blocks = -(-min(tokens.n_tokens, most) // block)
+    counts = torch.zeros(tokens.vocab_size, dtype=torch.int64)
+    for i in range(n_blocks):
+        start = i * block if tokens.n_tokens <= most else i * (tokens.n_tokens - block) // max(1, n_blocks - 1)
+        here = tokens.read(start, min(start + block, tokens.n_tokens))
+        counts += torch.bincount(here, minlength=tokens.vocab_size)
+    share = counts.double() / max(1, int(counts.sum()))
+    return float(-torch.special.xlogy(share, share).sum())
+
+
+def _check_size(path: Path, size: int) -> None:
+    got = path.stat().st_size if path.is_file() else None
+    if got != size:
+        raise ValueError(
+            f"data: expected {path} of {size:,} bytes, got "
+            + ("no such file" if got is None else f"{got:,}")
+            + "; build the shards anew"
+        )
