@@ -2,7 +2,7 @@
 
 import codecs
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,6 +81,15 @@ def train_with_progress(
     if result.interrupted:
         console.print(f"interrupted after step {result.step}; saved {result.checkpoint}", soft_wrap=True)
     return result
+
+
+@contextmanager
+def progress_bar(console: Console, title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar to tell what is being done and the share of it that is done; nothing where the output is no terminal."""
+    columns = (TextColumn(title), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda line, done: progress.update(task, completed=done, description=line)
 
 
 class TextStream:
