@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 import nsa_compile
 from nsa_compile.bench import options as bench_options
+from nsa_compile.bench.cases import check_impls
 from nsa_compile.bench.measure import BOTH, FORWARD, run_bench
 from nsa_compile.bench.plots import can_plot, plot_record
 from nsa_compile.bench.report import (
@@ -29,6 +30,7 @@ from nsa_compile.bench.report import (
     make_record,
     read_record,
     say_comparison,
+    say_failures,
     say_rows,
     say_thresholds,
     write_record,
@@ -341,6 +343,8 @@ def bench_command(
         n_sel=n_sel, w=w, dtypes=dtype, batch=batch, backward=backward, repeats=repeats, impls=impl,
         beside=[] if beside == ["none"] else beside,
     )  # fmt: skip
+    if impl is not None and not threshold:
+        check_impls(options)
     if plot and not can_plot():
         raise ValueError("plot: expected matplotlib, which pip install 'nsa-compile[bench]' brings, got none")
     old = None if against is None else read_record(against)
@@ -357,7 +361,8 @@ def bench_command(
         name = BOTH if backward else FORWARD
         thresholds = find_thresholds(rows, name)
         say_thresholds(console, rows, thresholds, name)
-        files, fine = [write_thresholds(record, thresholds, name, folder), *write_record(record, folder)], True
+        fine = say_failures(console, rows)
+        files = [write_thresholds(record, thresholds, name, folder), *write_record(record, folder)]
     else:
         fine = say_rows(console, record)
         files = [

@@ -85,11 +85,19 @@ def train_with_progress(
 
 @contextmanager
 def progress_bar(console: Console, title: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar to tell what is being done and the share of it that is done; nothing where the output is no terminal."""
+    """A bar to tell what is being done, "part: step", and the share that is done; lines of parts off a terminal."""
     columns = (TextColumn(title), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=1.0)
-        yield lambda line, done: progress.update(task, completed=done, description=line)
+        task, parts = progress.add_task("", total=1.0), [""]
+
+        def show(line: str, done: float) -> None:
+            progress.update(task, completed=done, description=line)
+            part = line.partition(":")[0]
+            if not console.is_terminal and done < 1 and part != parts[-1]:
+                console.print(f"{title}: {part}")
+                parts.append(part)
+
+        yield show
 
 
 class TextStream:

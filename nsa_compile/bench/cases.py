@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_compile.bench.options import Options
+from nsa_compile.bench.options import DTYPES, Options
 from nsa_compile.custom_ops.block_choice import select_blocks
 from nsa_compile.custom_ops.compression import compress_mean, compressed_attention
 from nsa_compile.custom_ops.dispatch import resolve_impl
@@ -297,6 +297,22 @@ def implementations(x: Inputs, *ops: str) -> list[tuple[str, str]]:
         if wanted is not None or runs not in found.values():
             found[impl] = runs
     return list(found.items())
+
+
+def check_impls(options: Options) -> None:
+    """Raise ValueError for an implementation that none of the ops to time has here."""
+    width = max(options.d_k, options.d_v)
+    ops = [op for what, op in OPS.items() if what in options.what or "nsa" in options.what]
+    for impl in options.impls or ():
+        refused = []
+        for op in ops:
+            for dtype in options.dtypes:
+                try:
+                    resolve_impl(op, impl, options.device, DTYPES[dtype], width)
+                except ValueError as error:
+                    refused.append(error)
+        if len(refused) == len(ops) * len(options.dtypes):
+            raise refused[0]
 
 
 def compress_cases(x: Inputs) -> list[Case]:

@@ -164,6 +164,9 @@ def measure_size(
     """Rows of one size: build, check, warm up, then rounds over all that is right."""
     clock = Clock(torch.device(options.device))
     inputs, cold = Inputs(options, tokens, heads, DTYPES[dtype]), 4 * clock.l2
+    ceiling = ceilings(clock, DTYPES[dtype])
+    for timed in ceiling:
+        clock.warm_up(timed)
     rows: list[dict[str, Any]] = []
     running: list[tuple[dict[str, Any], Timed, list[Work]]] = []
     grads: dict[Any, Tensor] = {}
@@ -184,14 +187,16 @@ def measure_size(
                     rows.append(size | {"runs": case.runs, "op": case.op} | row)
                     if timed is not None:
                         running.append((rows[-1], timed, work))
-    ceiling = ceilings(clock, DTYPES[dtype])
-    for timed in ceiling:
-        clock.warm_up(timed)
     timeds = [*ceiling, *(timed for _, timed, _ in running)]
     for number in range(options.repeats + 1):
         on_progress(f"round {number} of {options.repeats}", 0.5 + 0.5 * number / (options.repeats + 1))
-        for timed in timeds:
-            clock.sample(timed)
+        for timed in list(timeds):
+            _, failure = attempt(partial(clock.sample, timed), ours=True)
+            if failure is not None:  # as when memory that was free at the warm-up is not any more
+                timeds.remove(timed)
+                for row, other, _ in running:
+                    if other is timed:
+                        row |= failure
         clock.collect()
         if number == 0:  # warm-up in the order of the others
             for timed in timeds:
@@ -199,14 +204,15 @@ def measure_size(
     product, copy = (min(timed.ms) / 1000 for timed in ceiling)
     rates = Rates(ceiling_flops(clock.cuda) / product, 2 * ceiling_bytes(clock.cuda) / copy)
     for row, timed, work in running:
-        row |= result(timed, work, rates)
+        if row["status"] == "ok":
+            row |= result(timed, work, rates)
     return rows
 
 
 def attempt(work: Callable[[], Any], ours: bool) -> tuple[Any, dict[str, Any] | None]:
     """What `work` gives, or the status and message of a row if it cannot."""
     try:
-        with warnings.catch_warnings(action="default" if ours else "ignore"):  # back ends warn of why they cannot run
+        with nullcontext() if ours else warnings.catch_warnings(action="ignore"):  # of back ends that say they cannot
             return work(), None
     except torch.OutOfMemoryError:
         return None, {"status": "out of memory", "message": "out of memory"}

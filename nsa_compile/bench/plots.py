@@ -12,7 +12,10 @@ COLORS = {
     "nsa": "#0b3c8c", "decode": "#0b3c8c", "compress": "#8c6bb1", "compressed": "#1f78b4", "choice": "#f0a30a",
     "selected, random": "#c8321e", "selected, rho 0.8": "#f08a7d", "window": "#2a9d5c", "gated_sum": "#7f7f7f",
 }  # fmt: skip
-OTHERS = ("#e66101", "#5e3c99", "#1b9e77", "#a6761d", "#666666")
+OTHERS = {
+    "SDPA flash": "#5e3c99", "SDPA cuDNN": "#e66101", "SDPA efficient": "#c51b7d", "SDPA math": "#666666",
+    "flash-attn 4": "#1b9e77", "flash-attn 2": "#a6761d", "flex_attention": "#111111",
+}  # fmt: skip
 SHARES = ("compress", "compressed", "choice", "selected, random", "window", "gated_sum")
 """Parts of the whole: on random inputs its selection is like random blocks."""
 STYLE: Any = {
@@ -98,12 +101,11 @@ def legend(axis: Any) -> None:
 
 def draw_lines(axis: Any, rows: list[Row], value: Callable[[Row], float], spread: bool) -> None:
     """A line for each case and implementation, ours strong, with the interquartile range around it."""
-    others = iter(OTHERS * 4)
     for (what, impl), points in lines_of(rows):
         x, y = [row["tokens"] for row in points], [value(row) for row in points]
         ours = points[0]["ours"]
         whole = what in ("nsa", "decode")
-        color = COLORS.get(what, "#333333") if ours else next(others)
+        color = COLORS.get(what, "#333333") if ours else OTHERS[impl]
         label = what if ours and impl == "auto" else f"{what}, {impl}"
         dashes = "-" if ours and impl == "auto" else "-." if ours else "--"
         axis.plot(x, y, dashes, color=color, label=label, marker="o", markersize=4, linewidth=2.6 if whole else 1.6)
@@ -147,7 +149,7 @@ def draw_speedups(rows: list[Row]) -> Any:
     for what, dense, title in (("nsa", "dense", "Whole attention"), ("decode", "dense decode", "A decode step")):
         for name in PASSES:
             gained = [
-                other | {"gain": gain, "what": "over " + other["impl"], "impl": "auto"}
+                other | {"gain": gain}
                 for mine, other, gain in speedups(rows, what, dense)
                 if mine["impl"] == "auto" and mine["pass"] == name
             ]
@@ -157,12 +159,15 @@ def draw_speedups(rows: list[Row]) -> Any:
         return None
     figure, axes = new_figure(len(panels))
     for axis, (title, gained) in zip(axes, panels, strict=True):
-        others = iter(OTHERS)
-        for (what, _), points in lines_of(gained):
-            x, y, color = [row["tokens"] for row in points], [row["gain"] for row in points], next(others)
-            axis.plot(x, y, color=color, label=what, marker="o", markersize=5, linewidth=2.2)
-            for at, gain in zip(x, y, strict=True):
-                axis.annotate(f"{gain:.3g}×", (at, gain), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        for (_, impl), points in lines_of(gained):
+            x, y = [row["tokens"] for row in points], [row["gain"] for row in points]
+            axis.plot(x, y, color=OTHERS[impl], label=f"over {impl}", marker="o", markersize=5, linewidth=2.2)
+        for at in {row["tokens"] for row in gained}:
+            least = min(row["gain"] for row in gained if row["tokens"] == at)
+            axis.annotate(
+                f"{least:.3g}×", (at, least), (0, -14), textcoords="offset points", ha="center", fontsize=9,
+                bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            )  # fmt: skip
         axis.axhline(1.0, color="#333333", linewidth=1.0)
         axis.set_title(title)
         axis.set_ylabel("times as fast as dense")

@@ -236,13 +236,19 @@ def say_rows(console: Console, record: Record) -> bool:
                 cells += [*numbers, f"{100 * row['fraction']:.1f} %", peak]
             table.add_row(*cells, style="" if row["ours"] else "dim")
         console.print(table)
-        for row in rows:
-            if row["status"] != "ok":
-                line = f"{row['status']}: {row['what']} {row['impl']} {short(row['pass'])}: {row['message']}"
-                console.print(line, soft_wrap=True, style="bold red" if bad(row) else "dim")
         for line in gains(rows):
             console.print(line, soft_wrap=True)
-    return not any(map(bad, record["rows"]))
+    return say_failures(console, record["rows"])
+
+
+def say_failures(console: Console, rows: list[Row]) -> bool:
+    """Print what has no time and why; whether nothing was wrong or failed."""
+    for row in rows:
+        if row["status"] != "ok":
+            size = f"T {row['tokens']}, {row['dtype']}"
+            line = f"{row['status']}: {row['what']} {row['impl']} {short(row['pass'])}, {size}: {row['message']}"
+            console.print(line, soft_wrap=True, style="bold red" if bad(row) else "dim")
+    return not any(map(bad, rows))
 
 
 def bad(row: Row) -> bool:
