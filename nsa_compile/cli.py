@@ -306,7 +306,9 @@ def bench_command(
     repeats: Annotated[int | None, size_option("--repeats", "Timed calls of each case.")] = None,
     impl: Annotated[
         list[str] | None,
-        typer.Option(help="Implementation of our ops; several.", show_default="auto, and flash where an op has it"),
+        typer.Option(
+            help="Implementation of our ops; several.", show_default="auto, and on CUDA flash where an op has it"
+        ),
     ] = None,
     beside: Annotated[
         list[str] | None,
@@ -336,6 +338,8 @@ def bench_command(
     console = Console(markup=False, highlight=False)
     target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if threshold:
+        if len(heads or ()) > 1 or len(dtype or ()) > 1:
+            raise ValueError("threshold: expected one number of heads and one type, got several")
         what, beside = what or [x for x in bench_options.WHAT if x not in ("nsa", "decode")], ["none"]
         tokens, impl = tokens or bench_options.doublings(target.type), impl or ["triton", "flash", "reference"]
     options = bench_options.Options.on(

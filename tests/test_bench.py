@@ -334,12 +334,28 @@ def test_thresholds_are_where_an_implementation_stays_the_fastest():
     assert not report.lost("window_attention", "triton", 512, rows)
 
 
+def test_the_backward_alone_is_what_both_take_more():
+    both = row(ms=12.0, iqr=0.4) | {"pass": "forward+backward"}
+    (alone,) = report.backward_alone([row(ms=10.0, iqr=0.3), both, row("choice")])
+    assert (alone["pass"], alone["what"], alone["ms"]) == ("backward", "window", 2.0)
+    assert alone["iqr_ms"] == pytest.approx(0.5)
+
+
+def test_an_implementation_that_an_op_refuses_is_unavailable():
+    def refuse():
+        raise ValueError("impl: expected 'auto', got 'flash'")
+
+    assert measure.attempt(refuse, ours=True)[1]["status"] == "unavailable"
+
+
 def test_thresholds_on_a_cpu(tmp_path):
     result = run("--threshold", "--tokens", 24, "--tokens", 48, "--heads", 4, "--impl", "reference", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "thresholds.json").read_text())
     ops = [cases.OPS[what] for what in WHAT if what not in ("nsa", "decode")]
     assert {op: found[op] for op in ops} == {op: {"reference": 24} for op in ops}
+    backward = {op: {"reference": 24} for op in ops if op != "select_blocks"}
+    assert found["directions"] == {"forward": {op: {"reference": 24} for op in ops}, "backward": backward}
     assert found["gpu"] is None and found["pass"] == "forward+backward" and "T 24" in result.stdout
 
 
@@ -347,7 +363,7 @@ def test_thresholds_on_a_cpu(tmp_path):
     (("--what", "all"), "what: expected some of 'compress'"), (("--dtype", "fp64"), "dtypes: expected some of"),
     (("--tokens", 4), "tokens: expected at least 8"), (("--repeats", 1), "repeats: expected at least 2"),
     (("--heads", 3), "n_heads: expected a multiple of"), (("--impl", "cuda"), "impl: expected one of"),
-    (("--impl", "flash"), "got 'flash'"), (("--compare", "nowhere.json"), "nowhere.json"),
+    (("--what", "gated_sum", "--impl", "flash"), "got 'flash'"), (("--compare", "nowhere.json"), "nowhere.json"),
     (("--tokens", 64, "--tokens", 64), "tokens: expected at least one, and none twice"),
 ])  # fmt: skip
 def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch):

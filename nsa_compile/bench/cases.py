@@ -288,7 +288,7 @@ def implementations(x: Inputs, *ops: str) -> list[tuple[str, str]]:
     wanted = x.options.impls
     width = max(x.options.d_k, x.options.d_v)
     found: dict[str, str] = {}
-    for impl in ("auto", "flash") if wanted is None else wanted:
+    for impl in wanted or (("auto", "flash") if x.device.type == "cuda" else ("auto",)):
         try:
             resolved = dict.fromkeys(resolve_impl(op, impl, x.device, x.dtype, width).impl for op in ops)
         except ValueError:

@@ -44,7 +44,7 @@ class Options:
     repeats: int = 20
     """Timed calls of each case."""
     impls: tuple[str, ...] | None = None
-    """Implementations of our ops; None: "auto", and "flash" where an op has it."""
+    """Implementations of our ops; None: "auto", and on CUDA "flash" where an op has it."""
     beside: tuple[str, ...] = ("sdpa",)
     """Alternatives to time in the same rounds."""
 

@@ -287,16 +287,30 @@ def lost(op: str, impl: str, tokens: int, rows: list[Row]) -> bool:
     return any(10 * b["ms"] < a["ms"] for a in mine for b in same if all(a[x] == b[x] for x in alike))
 
 
+def backward_alone(rows: list[Row]) -> list[Row]:
+    """Rows of the backward alone: what forward and backward together take more than the forward."""
+    forward = {key(row): row for row in rows if row["pass"] == "forward" and row["status"] == "ok"}
+    found = []
+    for row in rows:
+        alone = forward.get(key(row | {"pass": "forward"}))
+        if row["pass"] == "forward+backward" and row["status"] == "ok" and alone is not None:
+            rest = {"ms": max(row["ms"] - alone["ms"], 1e-9), "iqr_ms": math.hypot(row["iqr_ms"], alone["iqr_ms"])}
+            found.append(row | {"pass": "backward"} | rest)
+    return found
+
+
 def find_thresholds(rows: list[Row], name: str) -> dict[str, dict[str, int | None]]:
     """For every op and implementation the T from which on it is the fastest beyond noise in that pass, or None.
 
-    Rows of one type and number of heads. An op's gradient-free pass stands in where it has no other. An implementation
-    that has no row at a T, having lost before, loses there.
+    Rows of one type and number of heads. For "forward+backward" the forward stands in for an op without gradient. An
+    implementation that has no row at a T, having lost before, loses there.
     """
     found: dict[str, dict[str, int | None]] = {}
     for op in dict.fromkeys(row["op"] for row in rows if row["ours"]):
         mine = [row for row in rows if row["op"] == op and row["ours"]]
-        at_hand = [r for r in mine if r["pass"] == name] or [r for r in mine if r["pass"] == "forward"]
+        at_hand = [r for r in mine if r["pass"] == name]
+        if not at_hand and name == "forward+backward":
+            at_hand = mine
         lengths = sorted({row["tokens"] for row in at_hand})
         winners = {t: winner([row for row in at_hand if row["tokens"] == t]) for t in lengths}
         found[op] = {
@@ -333,9 +347,19 @@ def say_thresholds(console: Console, rows: list[Row], thresholds: dict[str, dict
 
 
 def write_thresholds(record: Record, thresholds: dict[str, dict[str, int | None]], name: str, folder: Path) -> Path:
-    """Write thresholds.json: {"gpu": …, op: {implementation: T or null}} and what they were measured with."""
+    """Write thresholds.json: {"gpu": …, op: {implementation: T or null}} and what they were measured with.
+
+    "directions" has the same for "forward" and, as far as measured, "backward" alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "thresholds.json"
+    rows = record["rows"]
+    directions = {"forward": find_thresholds(rows, "forward")}
+    if name != "forward":
+        directions["backward"] = find_thresholds(backward_alone(rows), "backward")
     about = {x: record[x] for x in ("device", "date", "versions", "commit", "dirty", "options")}
-    path.write_text(json.dumps({"gpu": record["gpu"], **thresholds, "pass": name, **about}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"gpu": record["gpu"], **thresholds, "pass": name, "directions": directions, **about}, indent=1)
+        + "\n"
+    )
     return path
