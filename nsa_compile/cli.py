@@ -236,44 +236,6 @@ def generate_command(
     stream.close()
 
 
-@app.command()
-def info(
-    device: Annotated[
-        str | None, typer.Option(help="Device to ask about.", show_default="cuda if there, else cpu")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Run or checkpoint whose cache to size.", show_default="the paper's sizes")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Rows of the cache.", min=1)] = 1,
-    capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1)] = 65536,
-    dtype: Kind = DType.bf16,
-) -> None:
-    """Print versions, devices, the C++ compiler, which implementation each op uses and why, and a cache's memory."""
-    console = Console(markup=False, highlight=False)
-    target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    console.print(f"nsa-compile {nsa_compile.__version__}, torch {torch.__version__}, triton {triton_version()}")
-    console.print(f"Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        console.print(
-            f"cuda:{index} {properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB"
-        )
-    console.print(f"cpu, {torch.get_num_threads()} threads" + ("" if torch.cuda.is_available() else "; no CUDA device"))
-    compiler = cpp_compiler()
-    console.print(f"C++ compiler {compiler or 'none: torch.compile cannot compile for the CPU'}", soft_wrap=True)
-    table = Table("op", "implementation", "why", title=f"impl='auto' on {target}")
-    for op in OPS:
-        table.add_row(op, *resolve_impl(op, "auto", target))
-    console.print(table)
-    config = (
-        NSAConfig()
-        if checkpoint is None
-        else NSAConfig.load((find_checkpoint(checkpoint) or checkpoint) / "config.json")
-    )
-    say_cache(console, config, batch, capacity, dtype)
-
-
 def size_option(name: str, help: str) -> Any:
     """An option whose default depends on the device."""
     return typer.Option(name, help=help, show_default="by device")
@@ -380,6 +342,44 @@ def bench_command(
         fine = say_comparison(console, old, compare(old, record)) and fine
     if not fine:
         raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    device: Annotated[
+        str | None, typer.Option(help="Device to ask about.", show_default="cuda if there, else cpu")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Run or checkpoint whose cache to size.", show_default="the paper's sizes")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows of the cache.", min=1)] = 1,
+    capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1)] = 65536,
+    dtype: Kind = DType.bf16,
+) -> None:
+    """Print versions, devices, the C++ compiler, which implementation each op uses and why, and a cache's memory."""
+    console = Console(markup=False, highlight=False)
+    target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    console.print(f"nsa-compile {nsa_compile.__version__}, torch {torch.__version__}, triton {triton_version()}")
+    console.print(f"Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        console.print(
+            f"cuda:{index} {properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    console.print(f"cpu, {torch.get_num_threads()} threads" + ("" if torch.cuda.is_available() else "; no CUDA device"))
+    compiler = cpp_compiler()
+    console.print(f"C++ compiler {compiler or 'none: torch.compile cannot compile for the CPU'}", soft_wrap=True)
+    table = Table("op", "implementation", "why", title=f"impl='auto' on {target}")
+    for op in OPS:
+        table.add_row(op, *resolve_impl(op, "auto", target))
+    console.print(table)
+    config = (
+        NSAConfig()
+        if checkpoint is None
+        else NSAConfig.load((find_checkpoint(checkpoint) or checkpoint) / "config.json")
+    )
+    say_cache(console, config, batch, capacity, dtype)
 
 
 def say_cache(console: Console, config: NSAConfig, batch: int, capacity: int, dtype: DType) -> None:
