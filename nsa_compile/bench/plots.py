@@ -87,9 +87,21 @@ def token_axis(axis: Any, rows: list[Row]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{t // 1024}k" if t % 1024 == 0 else str(t) for t in lengths])
     axis.minorticks_off()
+    axis.margins(x=0.08)
     if len(lengths) == 1:
         axis.set_xlim(lengths[0] / 2, lengths[0] * 2)
     axis.set_xlabel("T (tokens)")
+
+
+def ratio_axis(axis: Any, low: float | None = None, high: float | None = None) -> None:
+    """A logarithmic y with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_ylim(low, high)
 
 
 def legend(axis: Any) -> None:
@@ -116,8 +128,6 @@ def draw_lines(axis: Any, rows: list[Row], value: Callable[[Row], float], spread
 
 def draw_times(rows: list[Row]) -> Any:
     """Time over T: the whole beside dense attention, its branches, a decode step."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     panels = []
     for title, kinds in (("Whole attention", ("nsa", "dense")), ("Branches", tuple(set(COLORS) - {"nsa", "decode"}))):
         for name in PASSES:
@@ -131,10 +141,7 @@ def draw_times(rows: list[Row]) -> Any:
     for axis, (title, chosen) in zip(axes, panels, strict=True):
         draw_lines(axis, chosen, lambda row: row["ms"], spread=True)
         axis.set_title(title)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        ratio_axis(axis)
         axis.set_ylabel("ms per layer" if "decode" in title else "ms")
         token_axis(axis, chosen)
         if "decode" in title:
@@ -171,7 +178,7 @@ def draw_speedups(rows: list[Row]) -> Any:
         axis.axhline(1.0, color="#333333", linewidth=1.0)
         axis.set_title(title)
         axis.set_ylabel("times as fast as dense")
-        axis.set_ylim(0, 1.18 * max(1.0, *(row["gain"] for row in gained)))
+        ratio_axis(axis, min(row["gain"] for row in gained) / 1.7, 1.4 * max(1.0, *(row["gain"] for row in gained)))
         token_axis(axis, gained)
         legend(axis)
     return figure

@@ -157,7 +157,11 @@ def compare(old: Record, new: Record) -> list[Row]:
         elif was and works:
             row["ratio"], row["noise"] = b["ms"] / a["ms"], noise(a, b)
             change = (
-                "slower" if row["ratio"] > 1 + row["noise"] else "faster" if row["ratio"] < 1 - row["noise"] else "same"
+                "slower"
+                if row["ratio"] > 1 + row["noise"]
+                else "faster"
+                if row["ratio"] * (1 + row["noise"]) < 1
+                else "same"
             )
         elif was:
             change = "broken"
