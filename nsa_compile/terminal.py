@@ -2,7 +2,7 @@
 
 import codecs
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,23 @@ def train_with_progress(
     if result.interrupted:
         console.print(f"interrupted after step {result.step}; saved {result.checkpoint}", soft_wrap=True)
     return result
+
+
+@contextmanager
+def progress_bar(console: Console, title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar to tell what is being done, "part: step", and the share that is done; lines of parts off a terminal."""
+    columns = (TextColumn(title), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task, parts = progress.add_task("", total=1.0), [""]
+
+        def show(line: str, done: float) -> None:
+            progress.update(task, completed=done, description=line)
+            part = line.partition(":")[0]
+            if not console.is_terminal and done < 1 and part != parts[-1]:
+                console.print(f"{title}: {part}")
+                parts.append(part)
+
+        yield show
 
 
 class TextStream:

@@ -284,7 +284,7 @@ def test_traceback_shows_where_an_error_comes_from():
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "tokenize", "train", "generate", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "tokenize", "train", "generate", "bench", "info"])
 def test_help_tells_what_a_command_does(command):
     result = run(*([command] if command else []), "--help")
     assert result.exit_code == 0
@@ -294,6 +294,7 @@ def test_help_tells_what_a_command_does(command):
         "tokenize": "token shards",
         "train": "--resume",
         "generate": "streaming",
+        "bench": "--threshold",
         "info": "compiler",
     }
     assert words[command] in result.stdout

@@ -1,0 +1,1 @@
+"""Timings of every branch and the whole beside the alternatives: what `nsa-compile bench` runs."""
