@@ -22,6 +22,18 @@ LAYERS = {
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
     "terminal": {"model", "data", "train"},
+    "profile_trace": {"custom_ops"},
+    "profile_summary": {"profile_trace"},
+    "profile": {
+        "custom_ops",
+        "config",
+        "graphs",
+        "module",
+        "model",
+        "train",
+        "profile_trace",
+        "profile_summary",
+    },
 }
 """What each part may import of ours; the command line, its demo and the package itself may import all."""
 
