@@ -181,6 +181,9 @@ def _nest(host: list[dict[str, Any]], steps: list[Step]) -> list[_Node]:
             part = forward[number].part if number in forward else part
         if name.startswith(RANGE):
             part = name.removeprefix(RANGE).removesuffix(" backward")
+            op = next((node for node in stack if node.name.startswith(OPS)), None)
+            if op is not None:
+                _claim(op, part, nodes)
         node = _Node(event, parent, step, phase, part)
         if number is not None and phase == "forward":
             forward[number] = node
@@ -189,6 +192,15 @@ def _nest(host: list[dict[str, Any]], steps: list[Step]) -> list[_Node]:
         stack.append(node)
         nodes.append(node)
     return nodes
+
+
+def _claim(op: _Node, part: str, nodes: list[_Node]) -> None:
+    """Make an op and what began in it so far, such as what autograd does around its body, its branch's work."""
+    for node in reversed(nodes):
+        if node.event["tid"] == op.event["tid"]:
+            node.part = part
+        if node is op:
+            return
 
 
 def _add_host_work(trace: Trace, nodes: list[_Node], thread: Any) -> None:
@@ -203,7 +215,8 @@ def _add_host_work(trace: Trace, nodes: list[_Node], thread: Any) -> None:
 
 def _add_device_work(trace: Trace, nodes: list[_Node], device: list[dict[str, Any]]) -> None:
     launches = {n.event["args"]["correlation"]: n for n in nodes if "correlation" in n.event.get("args", {})}
-    by_id = {n.event["args"]["External id"]: n for n in nodes if n.event["cat"] == "cpu_op" and "args" in n.event}
+    ops = [n for n in nodes if n.event["cat"] == "cpu_op"]
+    by_id = {n.event["args"]["External id"]: n for n in ops if "External id" in n.event.get("args", {})}
     for node in nodes:
         if node.step is not None and node.event["cat"] in ("cuda_runtime", "cuda_driver") and "Launch" in node.name:
             trace.steps[node.step].host_launches += 1
