@@ -106,10 +106,11 @@ def run_profile(
     out.mkdir(parents=True, exist_ok=True)
     cuda = device.type == "cuda"
     if cuda and config.memory:
-        torch.cuda.memory._record_memory_history(stacks="python")
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
     try:
         torch.manual_seed(config.seed)
-        built = model()
+        with device:
+            built = model()
         built.to(device=device, dtype=DTYPES[config.dtype])
         work = _Work(built, config, device)
         with nullcontext() if config.compile else module_ranges(built):

@@ -34,7 +34,7 @@ class Cost(NamedTuple):
     flops: int
     """From its FLOP formula; 0 where it has none."""
     nbytes: int
-    """Of its inputs and outputs, each once."""
+    """Of its inputs and outputs, each once; without buffers that it writes into, such as a cache."""
 
 
 def summarize(trace: Trace, *, extra_costs: dict[str, Cost] | None = None) -> dict[str, Any]:
@@ -113,6 +113,8 @@ def _cost_of(
     name: str, shapes: tuple[tuple[int, ...], ...], types: tuple[str, ...], values: tuple[str, ...]
 ) -> Cost:  # fmt: skip
     """FLOPs by the formula registered for the op, bytes of its inputs and, from its fake, of its outputs."""
+    if not types:  # a trace without shapes
+        return Cost(0, 0)
     packet = getattr(torch.ops.nsa_compile, name.removeprefix(OPS))
     is_tensor = [kind in TYPES for kind in types]
     read = [_read_value(value) for value in values]
@@ -129,7 +131,9 @@ def _cost_of(
     with torch.no_grad():
         result = packet(*given)
     outputs = result if isinstance(result, (tuple, list)) else (result,)
-    return Cost(flops, sum(x.nbytes for x in (*given, *outputs) if isinstance(x, Tensor)))
+    buffers = [a.alias_info is not None and a.alias_info.is_write for a in schema]
+    inputs = [x for x, buffer in zip(given, buffers, strict=True) if not buffer]
+    return Cost(flops, sum(x.nbytes for x in (*inputs, *outputs) if isinstance(x, Tensor)))
 
 
 def _read_value(text: str) -> Any:

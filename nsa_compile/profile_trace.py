@@ -19,8 +19,10 @@ OPS = "nsa_compile::"
 BACKWARD = "autograd::engine::evaluate_function"
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST_WORK = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
-MATMULS = ("mm", "linear", "gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas")
-"""Parts of the names of ops and kernels that multiply matrices."""
+MATMUL_OPS = ("mm", "linear", "linear_pointwise")
+"""Ends of the names of ops that multiply matrices."""
+MATMUL_KERNELS = ("gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas")
+"""What the names of kernels that do have in them."""
 WRAPPERS = ("Torch-Compiled Region", "TorchDynamo", "CompiledFunction", "AOTDispatcher", "Pregraph", BACKWARD)
 """Names of host work between the ops of compiled code and of autograd."""
 
@@ -222,10 +224,11 @@ def _add_device_work(trace: Trace, nodes: list[_Node], device: list[dict[str, An
             trace.steps[node.step].host_launches += 1
     for event in device:
         args = event.get("args", {})
-        launch = launches.get(args.get("correlation"))
+        op = by_id.get(args.get("External id"))
+        launch = launches.get(args.get("correlation"), op)
         if launch is None or launch.step is None:
             continue
-        owner = launch if launch.parent is not None else by_id.get(args.get("External id"), launch)
+        owner = launch if launch.parent is not None or op is None else op
         own = kernel_part(event["name"])
         part = own if own and owner.part in (None, "step") else owner.part
         part = part or _part_of_kernel(event["name"], owner.phase)
@@ -235,6 +238,8 @@ def _add_device_work(trace: Trace, nodes: list[_Node], device: list[dict[str, An
         while above is not None:
             above.device_us += work.us
             above = above.parent
+    if not trace.work:
+        raise ValueError("trace: expected kernels that its steps launched, got none")
 
 
 def _part_of_op(name: str, phase: str) -> str:
@@ -244,7 +249,7 @@ def _part_of_op(name: str, phase: str) -> str:
         return "host"
     if "_fused_" in name:
         return "fused"
-    return "matmul" if any(word in name for word in MATMULS) else "other"
+    return "matmul" if name.endswith(MATMUL_OPS) else "other"
 
 
 def _part_of_kernel(name: str, phase: str) -> str:
@@ -254,7 +259,7 @@ def _part_of_kernel(name: str, phase: str) -> str:
         return "fused"
     if name.startswith(("Memcpy", "Memset")):
         return "copies"
-    return "matmul" if any(word in name.lower() for word in MATMULS) else "other"
+    return "matmul" if any(word in name.lower() for word in MATMUL_KERNELS) else "other"
 
 
 def _read_call(node: _Node, us: float) -> OpCall:

@@ -239,11 +239,18 @@ def test_traceback_shows_where_an_error_comes_from():
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "generate", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "generate", "profile", "info"])
 def test_help_tells_what_a_command_does(command):
     result = run(*([command] if command else []), "--help")
     assert result.exit_code == 0
-    words = {"": "demo", "demo": "exit code 1", "train": "--resume", "generate": "streaming", "info": "compiler"}
+    words = {
+        "": "demo",
+        "demo": "exit code 1",
+        "train": "--resume",
+        "generate": "streaming",
+        "profile": "Perfetto",
+        "info": "compiler",
+    }
     assert words[command] in result.stdout
 
 

@@ -57,22 +57,21 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory):
-    """Folders by (mode, compiled), each made when first asked for, and what the command printed."""
+    """Folders by mode, each made when first asked for, and what the command printed."""
     made = {}
 
-    def get(mode, compiled=False):
-        if (mode, compiled) not in made:
+    def get(mode):
+        if mode not in made:
             folder = tmp_path_factory.mktemp("profile") / "out"
-            result = run(mode, "--compile" if compiled else "--no-compile", "--out", folder, *OPTIONS)
+            result = run(mode, "--no-compile", "--out", folder, *OPTIONS)
             assert result.exit_code == 0, result.output
-            made[mode, compiled] = folder, result.stdout
-        return made[mode, compiled]
+            made[mode] = folder, result.stdout
+        return made[mode]
 
     return get
 
 
-EAGER = [("train", False), ("prefill", False), ("decode", False)]
-ALL = [*EAGER, pytest.param("train", True, marks=needs_compiler)]
+MODES = ("train", "prefill", "decode")
 
 
 def spans(folder):
@@ -89,9 +88,12 @@ def enclosing(event, events, category):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode, compiled", ALL)
-def test_traces_show_ops_by_name_and_ranges_by_branch(profiles, mode, compiled):
-    folder, _ = profiles(mode, compiled)
+@pytest.mark.parametrize("mode", MODES)
+def test_traces_show_ops_by_name_and_ranges_by_branch(profiles, mode):
+    check_names(*profiles(mode), mode)
+
+
+def check_names(folder, shown, mode, compiled=False):
     events = spans(folder)
     ops = {e["name"] for e in events if e.get("cat") == "cpu_op"}
     expected = (*FORWARD, *BACKWARD) if mode == "train" else FORWARD
@@ -111,9 +113,12 @@ def test_traces_show_ops_by_name_and_ranges_by_branch(profiles, mode, compiled):
     assert any("cpp_fused" in name for name in ops) == compiled
 
 
-@pytest.mark.parametrize("mode, compiled", ALL)
-def test_the_summary_adds_up(profiles, mode, compiled):
-    folder, shown = profiles(mode, compiled)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_summary_adds_up(profiles, mode):
+    check_sums(*profiles(mode), mode)
+
+
+def check_sums(folder, shown, mode, compiled=False):
     s = load_summary(folder)
     events = spans(folder)
     steps = [e for e in events if e["name"].startswith("ProfilerStep#")]
@@ -148,9 +153,13 @@ def enclosing_steps(event, steps):
     return [[event["name"]] for s in steps if s["ts"] <= event["ts"] < s["ts"] + s["dur"]]
 
 
-@pytest.mark.parametrize("mode, compiled", ALL)
-def test_time_of_an_op_is_time_of_its_branch(profiles, mode, compiled):
-    s = load_summary(profiles(mode, compiled)[0])
+@pytest.mark.parametrize("mode", MODES)
+def test_time_of_an_op_is_time_of_its_branch(profiles, mode):
+    check_branches(*profiles(mode), mode)
+
+
+def check_branches(folder, shown, mode, compiled=False):
+    s = load_summary(folder)
     ops = {op["op"].removeprefix("nsa_compile::"): op for op in s["ops"]}
     parts = {part["part"]: part for part in s["parts"]}
     for branch, names in {
@@ -161,9 +170,12 @@ def test_time_of_an_op_is_time_of_its_branch(profiles, mode, compiled):
         assert parts[branch]["ms"] < 2 * spent  # the rest is autograd's, around the op
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_rates_come_from_the_formulas_and_the_tensors(profiles, compiled):
-    s = load_summary(profiles("train", compiled)[0])
+def test_rates_come_from_the_formulas_and_the_tensors(profiles):
+    check_rates(profiles("train")[0])
+
+
+def check_rates(folder):
+    s = load_summary(folder)
     model = NSALanguageModel(NSAConfig(**SIZES))
     with FlopCounterMode(display=False) as counter:
         model.loss(torch.zeros(BATCH, TOKENS, dtype=torch.int64)).backward()
@@ -177,6 +189,24 @@ def test_rates_come_from_the_formulas_and_the_tensors(profiles, compiled):
     n, g, c = SIZES["n_heads"], SIZES["n_kv_groups"], SIZES["d_k"]
     assert ops["window_attention"]["mb"] * 1e6 == 4 * BATCH * TOKENS * (2 * n * c + 2 * g * c + n)
     assert ops["compress_mean"]["calls"] == 2
+
+
+def test_bytes_leave_out_the_cache_that_an_op_writes_into(profiles):
+    ops = {op["op"].removeprefix("nsa_compile::"): op for op in load_summary(profiles("decode")[0])["ops"]}
+    g, c = SIZES["n_kv_groups"], SIZES["d_k"]
+    new, counts = 4 * BATCH * g * c, 2 * 4 * BATCH  # positions and count
+    assert ops["cache_append"]["calls"] == 6 and ops["cache_append"]["mb"] * 1e6 == pytest.approx(6 * (new + counts))
+
+
+@needs_compiler
+def test_a_compiled_training_step_shows_the_same(tmp_path):
+    """In one test: it compiles for a while."""
+    result = run("train", "--compile", "--out", tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 0, result.output
+    check_names(tmp_path / "out", result.stdout, "train", compiled=True)
+    check_sums(tmp_path / "out", result.stdout, "train")
+    check_branches(tmp_path / "out", result.stdout, "train")
+    check_rates(tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", ["train", "decode"])
@@ -362,6 +392,43 @@ def test_device_time_counts_overlaps_once_and_gaps_between_steps():
     assert rate["gb_per_s"] == pytest.approx(40.0) and rate["tflop_per_s"] == pytest.approx(0.08)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_a_gpu_is_profiled(mode, compiled, tmp_path):
+    sizes = {
+        **SIZES,
+        "dim": 256,
+        "n_heads": 16,
+        "d_k": 64,
+        "d_v": 64,
+        "l": 16,
+        "d": 8,
+        "l_sel": 32,
+        "n_sel": 6,
+        "w": 64,
+    }
+    options = itertools.chain.from_iterable((f"--{name.replace('_', '-')}", size) for name, size in sizes.items())
+    result = run(mode, compiled, "--out", tmp_path / "out", "--device", "cuda", "--tokens", 512, *options)
+    assert result.exit_code == 0, result.output
+    s = load_summary(tmp_path / "out")
+    parts = {part["part"]: part for part in s["parts"]}
+    assert s["timed_on"] == "device" and s["busy_ms"] + s["gap_ms"] == pytest.approx(s["step_ms"])
+    assert sum(part["ms"] for part in s["parts"]) == pytest.approx(s["busy_ms"], rel=0.05)  # one stream
+    assert {"choice", "slc", "gates"} <= parts.keys()
+    assert ({"win", "cmp"} if mode != "decode" else {"cmp + win", "cache"}) <= parts.keys()
+    if mode == "decode":
+        assert s["host_launches"] <= 3 and s["launches"] > 20  # one graph
+        (rate,) = (op for op in s["ops"] if op["op"] == "_decode_*")
+        assert rate["gb_per_s"] > 0 and rate["calls"] == 6 * SIZES["n_layers"]
+    if mode == "train":
+        assert all(parts[name]["backward_ms"] > 0 for name in ("cmp", "slc", "win", "gates"))
+        assert parts["optimizer"]["update_ms"] > 0
+        assert next(op for op in s["ops"] if op["op"].endswith("::window_attention_backward"))["tflop_per_s"] > 0
+    assert (tmp_path / "out" / "memory.pickle").stat().st_size > 0 and s["memory"]["peak_bytes"] > 0
+
+
 def test_covered_joins_intervals():
     assert covered([]) == 0
     assert covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5
@@ -376,11 +443,10 @@ def test_a_trace_without_steps_or_of_another_kind_is_refused(tmp_path):
             read_events(tmp_path / name)
 
 
-@needs_compiler
 @pytest.mark.skipif(not find_spec("torch_tb_profiler"), reason="needs the extra `profile`")
 def test_tensorboard_opens_what_was_written(profiles, tmp_path):
     """The plugin torch-tb-profiler, served on loopback: its data on runs, operators and the trace."""
-    logs = profiles("train", True)[0] / "tensorboard"
+    logs = profiles("train")[0] / "tensorboard"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
