@@ -224,16 +224,14 @@ class NSAAttention(nn.Module):
             if c.tie_kv:
                 k_win, v_win = k_slc, v_slc
 
-        branches = op_branches(c.impl)
-        out = attend_branches(
-            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, l=c.l, d=c.d, l_sel=c.l_sel, n_sel=c.n_sel, w=c.w,
+        o, blocks = attend_branches(
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, l=c.l, d=c.d, l_sel=c.l_sel, n_sel=c.n_sel, w=c.w,
             init_blocks=c.init_blocks, local_blocks=c.local_blocks, q_start=q_start, q_start_win=q_start_win,
-            cu_seqlens=cu_seqlens, branches=branches,
+            cu_seqlens=cu_seqlens, branches=op_branches(c.impl),
         )  # fmt: skip
         if layer is not None:
-            reads = token_reads(positions, out.block_indices, l=c.l, d=c.d, l_sel=c.l_sel, w=c.w)
+            reads = token_reads(positions, blocks, l=c.l, d=c.d, l_sel=c.l_sel, w=c.w)
             layer.advance(t, lengths, *reads)
-        o = branches.gated_sum(out.o_cmp, out.o_slc, out.o_win, gates)
         y = self.out(rearrange(o, "b t n v -> b t (n v)"))
         return y if valid is None else torch.where(valid[..., None], y, 0.0)
 

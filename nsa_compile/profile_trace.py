@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsa_compile.custom_ops.ranges import RANGE, kernel_part
+from nsa_compile.custom_ops.ranges import BRANCHES, RANGE, kernel_part
 
 STEP_RANGE = "ProfilerStep#"
 OPS = "nsa_compile::"
@@ -183,9 +183,9 @@ def _nest(host: list[dict[str, Any]], steps: list[Step]) -> list[_Node]:
             part = forward[number].part if number in forward else part
         if name.startswith(RANGE):
             part = name.removeprefix(RANGE).removesuffix(" backward")
-            op = next((node for node in stack if node.name.startswith(OPS)), None)
-            if op is not None:
-                _claim(op, part, nodes)
+            inner = [node for node in stack if node.name.startswith((OPS, RANGE))]
+            if inner and inner[-1].name.startswith(OPS):  # of the op's whole body, not of a piece in it
+                _claim(inner[-1], part, nodes)
         node = _Node(event, parent, step, phase, part)
         if number is not None and phase == "forward":
             forward[number] = node
@@ -230,7 +230,8 @@ def _add_device_work(trace: Trace, nodes: list[_Node], device: list[dict[str, An
             continue
         owner = launch if launch.parent is not None or op is None else op
         own = kernel_part(event["name"])
-        part = own if own and owner.part in (None, "step") else owner.part
+        shared = own is None or own not in BRANCHES  # then what launched it knows better
+        part = owner.part if shared and owner.part not in (None, "step") else own
         part = part or _part_of_kernel(event["name"], owner.phase)
         work = Work(event["name"], part, owner.phase, launch.step, event["ts"], event["dur"], True)
         trace.work.append(work)

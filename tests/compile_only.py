@@ -147,7 +147,7 @@ def pretended_device(capability: int) -> Iterator[None]:
 
 def every_launch(config: Config) -> list[Launch]:
     """All kernels of a forward and a backward of every op, and of a decode step."""
-    from nsa_compile.custom_ops.kernels import block_choice, compression, decode, gating, interval, selection
+    from nsa_compile.custom_ops.kernels import block_choice, compression, decode, gating, interval, mixture, selection
 
     _, h, d_k, d_v, dtype, packed = config
     t, g, l, d, l_sel, n_sel, scale = 256, 2, 32, 16, 64, 8, 0.1
@@ -173,6 +173,8 @@ def every_launch(config: Config) -> list[Launch]:
         selection.selected_attention_backward(o, lse, o, lse, q, k, v, blocks, l_sel, None, cu, scale)
         gating.gated_sum(o, o, o, gates)
         gating.gated_sum_backward(o, o, o, o, gates)
+        mixture.selected_mixture(q, k, v, blocks, o, o, gates, l_sel, None, cu, scale, True)
+        gating.gated_sum_backward_with_delta(o, o, o, o, gates, lse)
         decode.decode_attention(
             *new,
             None,

@@ -7,7 +7,8 @@ from models import draw_ids, needs_compiler
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
-from nsa_compile import NSACache, NSAConfig, NSALanguageModel
+from nsa_compile import DecodeGraph, NSACache, NSAConfig, NSALanguageModel
+from nsa_compile.graphs.prefill import prefill
 
 SIZES = {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 7}
 LENGTHS = [SIZES["l"] + SIZES["d"], 14, 23, 40, 31]  # 14 is also the length of the window's ring
@@ -126,6 +127,27 @@ def test_two_hundred_decode_steps_compile_once_with_reduced_overhead(graphs):
             got = decode(step, cache, 201)
     torch.testing.assert_close(got, expected)
     assert counters["stats"]["unique_graphs"] == 1  # that no CUDA graph is skipped, test_gpu.py asserts
+
+
+@needs_compiler
+def test_512_steps_of_rows_of_unequal_length_compile_once_and_draw_the_same(graphs):
+    """The loop of a decode graph, as it runs where nothing can be captured; fp64, so that no draw is near a tie."""
+    model = make_model(phi="mlp").double().eval()
+    prompts = [[3], [1, 4, 1, 5, 9], list(range(40))]
+
+    def draw(graph):
+        prefill(model, [prompt[:-1] for prompt in prompts], graph.cache, chunk=40)
+        for row, prompt in enumerate(prompts):
+            graph.start(row, prompt[-1], max_new_tokens=512, temperature=(0.0, 1.0, 0.5)[row], seed=row)
+        graph.step(512)
+        return [update.tokens for update in graph.collect()]
+
+    expected = draw(DecodeGraph(model, NSACache.for_model(model, 3, 560)))
+    graph = DecodeGraph(torch.compile(model, fullgraph=True), NSACache.for_model(model, 3, 560))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = draw(graph)
+    assert got == expected and [len(row) for row in got] == [512] * 3
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_second_cache_of_the_same_shape_recompiles_nothing(graphs):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from launches import Launches, find_kernels, watch
 from torch import Tensor
 from torch.library import opcheck
 
 from nsa_compile import NSAAttention, NSACache
+from nsa_compile.custom_ops.kernels.decode import _rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -147,6 +152,30 @@ def test_opcheck(tied, launches):
     arguments = (q, k, v, k + 1, v + 1, *window, None, None, gates, None, *state, 8, 4, 16, 4, 20, 1, 2, 1e4, 0.3)
     opcheck(torch.ops.nsa_compile.decode_attention.default, arguments)
     assert launches.of("decode") > 0
+
+
+@triton.jit
+def _turn_kernel(positions, out, ROWS: tl.constexpr, LOG2_THETA: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines [2, ROWS, HALF] of RoPE: (1, 0) rotated."""
+    row = tl.arange(0, ROWS)
+    one, zero = tl.full([ROWS, HALF], 1.0, tl.float32), tl.zeros([ROWS, HALF], tl.float32)
+    cos, sin = _rotate(one, zero, tl.load(positions + row), LOG2_THETA, WIDTH, HALF)
+    at = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    tl.store(out + at, cos)
+    tl.store(out + ROWS * HALF + at, sin)
+
+
+@pytest.mark.parametrize("width", [12, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e7])
+def test_rotation_is_exact_to_fp32(theta, width, launches):
+    """Also a million tokens on, where an angle counted in fp32 would be off by 0.06."""
+    half, padded = width // 2, triton.next_power_of_2(width // 2)
+    positions = torch.cat([torch.arange(128), 2**20 - 1 - torch.arange(128)]).to(DEVICE, torch.int32)
+    out = torch.empty(2, 256, padded, device=DEVICE)
+    _turn_kernel[(1,)](positions, out, 256, math.log2(theta), width, padded)
+    frequency = theta ** (torch.arange(half, dtype=torch.float64, device=DEVICE) / -half)
+    angle = positions.double()[:, None] * frequency
+    assert (out[..., :half] - torch.stack([angle.cos(), angle.sin()])).abs().max() < 2e-7
 
 
 def test_every_kernel_of_a_step_is_counted():

@@ -323,10 +323,10 @@ def test_auto_runs_kernels_only():
     launched = {event.key for event in trace.key_averages()}
     wanted = {
         "_compress_mean_fwd_kernel", "_compress_mean_bwd_kernel", "_group_probabilities_kernel", "_top_blocks_kernel",
-        "_union_kernel", "_inverse_kernel", "_delta_kernel", "_sum_items_kernel", "_gated_sum_fwd_kernel",
-        "_gated_sum_bwd_kernel",
+        "_union_kernel", "_inverse_kernel", "_delta_kernel", "_sum_items_kernel", "_gated_sum_bwd_kernel",
     }  # fmt: skip
     attends = [{f"_{branch}_{x}_kernel" for x in ("fwd", "bwd_dq", "bwd_dkv")} for branch in ("interval", "selected")]
+    attends.append({"_gated_sum_fwd_kernel"})  # on Hopper the kernel that attends also mixes
     kinds = [set.union(*attends), {"attend_kernel", "sum_queries_kernel", "sum_keys_kernel"}]
     on_hopper = torch.cuda.get_device_capability()[0] == 9
     assert wanted | kinds[on_hopper] <= launched

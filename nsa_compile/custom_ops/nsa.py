@@ -6,8 +6,7 @@ from torch import Tensor
 
 from nsa_compile.custom_ops.block_choice import select_blocks
 from nsa_compile.custom_ops.compression import compressed_attention
-from nsa_compile.custom_ops.gating import gated_sum
-from nsa_compile.custom_ops.selection import selected_attention
+from nsa_compile.custom_ops.mixture import selected_mixture
 from nsa_compile.custom_ops.window import window_attention
 from nsa_compile.ops import nsa as reference
 from nsa_compile.ops.checks import check_blocks, check_heads, check_int, check_layout, check_selected
@@ -16,7 +15,7 @@ from nsa_compile.ops.nsa import Branches
 
 def op_branches(impl: str) -> Branches:
     """The branch functions as ops, with one choice of implementation."""
-    functions = (compressed_attention, select_blocks, selected_attention, window_attention, gated_sum)
+    functions = (compressed_attention, select_blocks, window_attention, selected_mixture)
     return Branches(*(partial(f, impl=impl) for f in functions))
 
 

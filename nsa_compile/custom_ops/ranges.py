@@ -9,6 +9,8 @@ import torch
 RANGE = "nsa/"
 """What the names of ranges begin with: nsa/cmp, nsa/win backward, ..."""
 
+BRANCHES = ("cmp", "choice", "slc", "win", "gates", "cache")
+
 KERNEL_PARTS = {
     "_compress_mean_": "cmp",
     "_group_probabilities_": "choice",

@@ -103,9 +103,14 @@ def _(grad_o, grad_lse, o, lse, q, k, v, block_indices, l_sel, q_start, cu_seqle
     return empty_contiguous(q, k, v)
 
 
+def selected_pairs(q, k, v, block_indices, l_sel: int, q_start: object) -> int:
+    """(query, key) pairs of one row and head, from shapes."""
+    return causal_pairs(q[1], min(block_indices[-1] * l_sel, k[1]), q_start is not None)
+
+
 attach_gradient(_selected_attention, torch.ops.nsa_compile.selected_attention_backward)
 register_attention_flops(
     torch.ops.nsa_compile.selected_attention,
     torch.ops.nsa_compile.selected_attention_backward,
-    lambda q, k, v, blocks, l_sel, q_start, *_: causal_pairs(q[1], min(blocks[-1] * l_sel, k[1]), q_start is not None),
+    lambda *args: selected_pairs(*args[:6]),
 )

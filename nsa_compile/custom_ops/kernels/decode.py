@@ -50,86 +50,103 @@ def _num_cmp(tokens, L: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _rotate(first, second, position, LOG2_THETA: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
-    """RoPE of halves [rows, HALF] of rows of WIDTH channels; the turns are counted in fp64 and their fraction kept."""
-    i = tl.arange(0, HALF).to(tl.float64)
-    frequency = tl.exp2(i * (-2.0 / WIDTH * LOG2_THETA)) * 0.15915494309189535
+    """RoPE of halves [rows, HALF] of rows of WIDTH channels at int [rows] or, where all rows share it, [1].
+
+    Quarter turns are counted in fp64, and their fraction kept. Polynomials give its sine and cosine to 1e-7, without
+    the memory that the general functions take.
+    """
+    i = tl.arange(0, HALF)
+    frequency = tl.full([HALF], 0.6366197723675814, tl.float64)
+    for bit in tl.static_range(HALF.bit_length() - 1):  # theta^(-2i / WIDTH) by the bits of i
+        factor = tl.full([HALF], 2.0 ** (-2.0 / WIDTH * LOG2_THETA * 2**bit), tl.float64)
+        frequency = tl.where((i >> bit) & 1 != 0, frequency * factor, frequency)
     turns = position.to(tl.float64)[:, None] * frequency[None, :]
-    angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    nearest = tl.floor(turns + 0.5)
+    angle = (turns - nearest).to(tl.float32) * 1.5707963267948966
+    square = angle * angle
+    sin = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * angle + angle
+    cos = (2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2
+    cos = (cos * square - 0.5) * square + 1.0
+    quarter = nearest.to(tl.int64)
+    odd = quarter & 1 != 0
+    cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    cos = tl.where((quarter + 1) & 2 != 0, -cos, cos)
+    sin = tl.where(quarter & 2 != 0, -sin, sin)
     return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
-def _copy_rotated(
-    source, target, read, write, live, position, LOG2_THETA: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr
-):
-    """Rotate rows at the offsets `read` of source to the offsets `write` of target, both int64 [rows]."""
-    first = gather_rows(source, read, 0 * read, live, 1, WIDTH // 2, HALF).to(tl.float32)
-    second = gather_rows(source + WIDTH // 2, read, 0 * read, live, 1, WIDTH // 2, HALF).to(tl.float32)
-    first, second = _rotate(first, second, position, LOG2_THETA, WIDTH, HALF)
-    scatter_rows(target, first, write, 0 * write, live, 1, WIDTH // 2, HALF)
-    scatter_rows(target + WIDTH // 2, second, write, 0 * write, live, 1, WIDTH // 2, HALF)
+def _append(
+    source, cache, read, b, g, n_groups, length, positions, count, capacity, T: tl.constexpr, TP: tl.constexpr,
+    WIDTH: tl.constexpr, COLS: tl.constexpr, HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    """Copy the tokens that a row takes of the T at `read` int64 [TP]; they are loaded before their number is known."""
+    i = tl.arange(0, TP)
+    value = gather_rows(source, read, 0 * i, i < T, 1, WIDTH, COLS)
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    at = (b * length + (held + i) % length) * n_groups + g
+    scatter_rows(cache, value, at, 0 * i, i < new, WIDTH, WIDTH, COLS)
+
+
+@triton.jit
+def _append_rotated(
+    source, cache, read, write, rows, token, length, b, n_groups, positions, count, capacity, LOG2_THETA: tl.constexpr,
+    T: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HAS_COUNT: tl.constexpr,
+):  # fmt: skip
+    """Rotate `rows` rows of a token at `read`, loaded before its position is known, to the rows that begin at `write`.
+
+    Both are int64 [ROWS]; a cache holds `length` tokens, `rotated` is as one of 1.
+    """
+    PART: tl.constexpr = WIDTH // 2
+    live = tl.arange(0, ROWS) < rows
+    first = gather_rows(source, read, 0 * read, live, 1, PART, HALF).to(tl.float32)
+    second = gather_rows(source + PART, read, 0 * read, live, 1, PART, HALF).to(tl.float32)
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    first, second = _rotate(first, second, held + token + tl.arange(0, 1), LOG2_THETA, WIDTH, HALF)
+    live, write = live & (token < new), write + (held + token) % length * n_groups
+    scatter_rows(cache, first, write, 0 * write, live, WIDTH, PART, HALF)
+    scatter_rows(cache + PART, second, write, 0 * write, live, WIDTH, PART, HALF)
 
 
 @triton.jit
 def _mean_of_block(
-    new, ring, first, held, live, new_t, ring_s, length, L: tl.constexpr, LP: tl.constexpr,
-    WIDTH: tl.constexpr, COLS: tl.constexpr,
+    new, ring, first, held, new_t, ring_s, length, L: tl.constexpr, LP: tl.constexpr, WIDTH: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """Mean [1, COLS] of the tokens first … first + L - 1, of which those from `held` on are new."""
-    token = first + tl.arange(0, LP)
-    inside = live & (tl.arange(0, LP) < L)
+    token, inside = first + tl.arange(0, LP), tl.arange(0, LP) < L
     old = gather_rows(ring, token % length, 0 * token, inside & (token < held), ring_s, WIDTH, COLS)
     fresh = gather_rows(new, token - held, 0 * token, inside & (token >= held), new_t, WIDTH, COLS)
     return (tl.sum(old.to(tl.float32) + fresh.to(tl.float32), 0) / L).to(ring.dtype.element_ty).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _append(
-    source, cache, held, new, b, g, n_groups, length, x_b, x_t, x_g, LOG2_THETA: tl.constexpr, TP: tl.constexpr,
-    WIDTH: tl.constexpr, COLS: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """Copy a row's new tokens to its cache; COLS holds WIDTH channels or, of what is ROTATED, half of them."""
-    i = tl.arange(0, TP)
-    read = b * x_b + i * x_t + g * x_g
-    at = (b * length + (held + i) % length) * n_groups + g
-    if ROTATED:
-        _copy_rotated(source, cache, read, at * WIDTH, i < new, held + i, LOG2_THETA, WIDTH, COLS)
-    else:
-        value = gather_rows(source, read, 0 * read, i < new, 1, WIDTH, COLS)
-        scatter_rows(cache, value, at, 0 * at, i < new, WIDTH, WIDTH, COLS)
-
-
-@triton.jit
 def _emit(
-    source, emitted, raw, cache, held, new, b, g, n_groups, slots, tail, x_b, x_t, x_g, LOG2_THETA: tl.constexpr,
-    T: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
-    ROTATED: tl.constexpr, EMITTED: tl.constexpr,
+    source, emitted, raw, cache, positions, count, capacity, b, g, n_groups, slots, tail, x_b, x_t, x_g,
+    LOG2_THETA: tl.constexpr, T: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    COLS: tl.constexpr, HAS_COUNT: tl.constexpr, ROTATED: tl.constexpr, EMITTED: tl.constexpr,
 ):  # fmt: skip
-    """Write φ of the blocks that the new tokens complete: their mean or, if EMITTED, what is given."""
+    """Write φ of the blocks that the new tokens complete, if any: their mean or, if EMITTED, what is given."""
     BLOCKS: tl.constexpr = (T + D - 1) // D
     PART: tl.constexpr = WIDTH // 2 if ROTATED else WIDTH
     source += b * x_b + g * x_g
     raw += (b * tail * n_groups + g) * WIDTH
+    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
     due, one = _num_cmp(held, L, D), tl.arange(0, 1)
-    for j in tl.static_range(BLOCKS):
-        block = due + j
-        complete = (block * D + L <= held + new) & (block < slots) & (new > 0)
-        some = complete & (one == 0)
-        given = ((b * BLOCKS + j) * n_groups + g) * WIDTH + one
+    for block in tl.range(due, tl.minimum(_num_cmp(held + new, L, D), slots)):
+        some = one == 0
+        given = ((b * BLOCKS + block - due) * n_groups + g) * WIDTH + one
         at = (b * slots + block) * n_groups + g + one
         if EMITTED:
             first = gather_rows(emitted, given, 0 * given, some, 1, PART, COLS).to(tl.float32)
         else:
-            first = _mean_of_block(
-                source, raw, block * D, held, complete, x_t, n_groups * WIDTH, tail, L, LP, PART, COLS
-            )
+            first = _mean_of_block(source, raw, block * D, held, x_t, n_groups * WIDTH, tail, L, LP, PART, COLS)
         if ROTATED:
             if EMITTED:
                 second = gather_rows(emitted + PART, given, 0 * given, some, 1, PART, COLS).to(tl.float32)
             else:
                 second = _mean_of_block(
-                    source + PART, raw + PART, block * D, held, complete, x_t, n_groups * WIDTH, tail, L, LP, PART, COLS
+                    source + PART, raw + PART, block * D, held, x_t, n_groups * WIDTH, tail, L, LP, PART, COLS
                 )
             first, second = _rotate(first, second, block * D + L - 1 + one, LOG2_THETA, WIDTH, COLS)
             scatter_rows(cache + PART, second, at, 0 * at, some, WIDTH, PART, COLS)
@@ -144,44 +161,55 @@ def _decode_append_kernel(
     ks_b, ks_t, ks_g, vs_b, vs_t, vs_g, kw_b, kw_t, kw_g, vw_b, vw_t, vw_g,
     T: tl.constexpr, TP: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
     D: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, HALF: tl.constexpr, DV: tl.constexpr, DK: tl.constexpr,
-    LOG2_THETA: tl.constexpr, HAS_COUNT: tl.constexpr, EMITTED: tl.constexpr,
+    LOG2_THETA: tl.constexpr, HAS_COUNT: tl.constexpr, EMITTED: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
-    """Work of one kind by program_id(0): q rotated to `rotated` [b, T, n, D_K], or keys or values of a cache.
+    """Work of one kind by program_id(0): φ of the blocks due, values or raw keys copied to a cache, a token rotated.
 
-    With EMITTED, φ of the blocks due is given [b, ceil(T / D), g, *], else it is the mean.
+    With EMITTED, φ is given [b, ceil(T / D), g, *], else it is the mean. q goes rotated to `rotated` [b, T, n, D_K].
     """
+    BRANCHES: tl.constexpr = 2 if TIED else 3  # of values; and of what is rotated: q, keys, those of the window
     part, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
+    i = tl.arange(0, TP)
     if part == 0:
         _emit(
-            k_cmp, k_emitted, k_raw, cached_k_cmp, held, new, b, g, n_groups, slots, tail, kc_b, kc_t, kc_g,
-            LOG2_THETA, T, L, LP, D, D_K, HALF, True, EMITTED,
+            k_cmp, k_emitted, k_raw, cached_k_cmp, positions, count, capacity, b, g, n_groups, slots, tail,
+            kc_b, kc_t, kc_g, LOG2_THETA, T, L, LP, D, D_K, HALF, HAS_COUNT, True, EMITTED,
         )  # fmt: skip
-        _append(k_cmp, k_raw, held, new, b, g, n_groups, tail, kc_b, kc_t, kc_g, LOG2_THETA, TP, D_K, DK, False)
     elif part == 1:
         _emit(
-            v_cmp, v_emitted, v_raw, cached_v_cmp, held, new, b, g, n_groups, slots, tail, vc_b, vc_t, vc_g,
-            LOG2_THETA, T, L, LP, D, D_V, DV, False, EMITTED,
+            v_cmp, v_emitted, v_raw, cached_v_cmp, positions, count, capacity, b, g, n_groups, slots, tail,
+            vc_b, vc_t, vc_g, LOG2_THETA, T, L, LP, D, D_V, DV, HAS_COUNT, False, EMITTED,
         )  # fmt: skip
-        _append(v_cmp, v_raw, held, new, b, g, n_groups, tail, vc_b, vc_t, vc_g, LOG2_THETA, TP, D_V, DV, False)
     elif part == 2:
-        head = tl.arange(0, HP)
-        for token in tl.range(0, new):
-            read = b * q_b + token * q_t + (g * H + head) * q_n
-            write = ((b * T + token) * n + g * H + head) * D_K
-            _copy_rotated(q, rotated, read, write, head < H, held + token + 0 * head, LOG2_THETA, D_K, HALF)
-    elif part == 3:
-        _append(
-            k_slc, cached_k_slc, held, new, b, g, n_groups, capacity, ks_b, ks_t, ks_g, LOG2_THETA, TP, D_K, HALF, True
-        )
-    elif part == 4:
-        _append(
-            v_slc, cached_v_slc, held, new, b, g, n_groups, capacity, vs_b, vs_t, vs_g, LOG2_THETA, TP, D_V, DV, False
-        )
-    elif part == 5:
-        _append(k_win, cached_k_win, held, new, b, g, n_groups, ring, kw_b, kw_t, kw_g, LOG2_THETA, TP, D_K, HALF, True)
+        read = b * kc_b + i * kc_t + g * kc_g
+        _append(k_cmp, k_raw, read, b, g, n_groups, tail, positions, count, capacity, T, TP, D_K, DK, HAS_COUNT)
+    elif part < 3 + BRANCHES:
+        if part == 3:
+            source, cache, length, read = v_cmp, v_raw, tail, b * vc_b + i * vc_t + g * vc_g
+        elif part == 4:
+            source, cache, length, read = v_slc, cached_v_slc, capacity, b * vs_b + i * vs_t + g * vs_g
+        else:
+            source, cache, length, read = v_win, cached_v_win, ring, b * vw_b + i * vw_t + g * vw_g
+        _append(source, cache, read, b, g, n_groups, length, positions, count, capacity, T, TP, D_V, DV, HAS_COUNT)
     else:
-        _append(v_win, cached_v_win, held, new, b, g, n_groups, ring, vw_b, vw_t, vw_g, LOG2_THETA, TP, D_V, DV, False)
+        kind, token = (part - 3 - BRANCHES) % BRANCHES, (part - 3 - BRANCHES) // BRANCHES
+        head = tl.arange(0, HP)
+        if kind == 0:
+            source, cache, length, rows = q, rotated, 0 * n + 1, 0 * n + H
+            start = b * q_b + token * q_t + (g * H + head) * q_n
+            write = (b * T + token) * n + g * H + head
+        elif kind == 1:
+            source, cache, length, rows = k_slc, cached_k_slc, capacity, 0 * n + 1
+            start = b * ks_b + token * ks_t + g * ks_g + 0 * head
+            write = b * capacity * n_groups + g + 0 * head
+        else:
+            source, cache, length, rows = k_win, cached_k_win, ring, 0 * n + 1
+            start = b * kw_b + token * kw_t + g * kw_g + 0 * head
+            write = b * ring * n_groups + g + 0 * head
+        _append_rotated(
+            source, cache, start, write, rows, token, length, b, n_groups, positions, count, capacity,
+            LOG2_THETA, T, D_K, HALF, HP, HAS_COUNT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -387,17 +415,25 @@ def _decode_selected_kernel(
 def _decode_merge_kernel(
     part_o, part_lse, gates, o, count, positions, capacity, n, g_b, g_t, g_n, g_c,
     T: tl.constexpr, D_V: tl.constexpr, COLS: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr,
-    SPLITS: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr, HAS_COUNT: tl.constexpr,
+    SPLITS: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr, EAGER: tl.constexpr, HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
     """COLS channels of o = sum of the branches' gates * attention, merged over their splits.
 
-    The first program of a row moves its position on.
+    If EAGER, all splits are loaded at once, also those without keys, before their LSEs are known. The first program of
+    a row moves its position on.
     """
     head, b, token = tl.program_id(0), (tl.program_id(1) // T).to(tl.int64), tl.program_id(1) % T
     slot = (b * T + token) * n + head
+    col = tl.program_id(2) * COLS + tl.arange(0, COLS)
+    if EAGER:
+        split = tl.arange(0, CHUNK)
+        at = part_o + (slot * SPLITS + split)[:, None] * D_V + col[None, :]
+        value = tl.load(at, mask=(split < SPLITS)[:, None] & (col < D_V)[None, :], other=0.0)
     gates += b * g_b + token * g_t + head * g_n
     g_cmp, g_slc = tl.load(gates).to(tl.float32), tl.load(gates + g_c).to(tl.float32)
     g_win = tl.load(gates + 2 * g_c).to(tl.float32)
+    if EAGER:
+        tl.debug_barrier()  # without it ptxas moves these loads behind what is done with the LSEs
     split = tl.arange(0, SP)
     lse = tl.load(part_lse + slot * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
     is_cmp, is_slc = split < SPLIT_CMP, split >= SPLIT_CMP + SPLIT_WIN
@@ -405,7 +441,6 @@ def _decode_merge_kernel(
     lse_win = _merged_lse(tl.where(is_cmp | is_slc, float("-inf"), lse))
     lse_slc = _merged_lse(tl.where(is_slc, lse, float("-inf")))
     out = tl.zeros([COLS], tl.float32)
-    col = tl.program_id(2) * COLS + tl.arange(0, COLS)
     for first in tl.static_range(0, SPLITS, CHUNK):
         split = first + tl.arange(0, CHUNK)
         lse = tl.load(part_lse + slot * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
@@ -414,9 +449,10 @@ def _decode_merge_kernel(
         gate = tl.where(is_cmp, g_cmp, tl.where(is_slc, g_slc, g_win))
         some = lse != float("-inf")
         weight = tl.where(some, tl.exp2(lse - whole) * gate, 0.0)
-        at = part_o + (slot * SPLITS + split)[:, None] * D_V + col[None, :]
-        value = tl.load(at, mask=some[:, None] & (col < D_V)[None, :], other=0.0)
-        out += tl.sum(value * weight[:, None], 0)
+        if not EAGER:
+            at = part_o + (slot * SPLITS + split)[:, None] * D_V + col[None, :]
+            value = tl.load(at, mask=some[:, None] & (col < D_V)[None, :], other=0.0)
+        out += tl.sum(tl.where(some[:, None], value * weight[:, None], 0.0), 0)
     tl.store(o + slot * D_V + col, out.to(o.dtype.element_ty), mask=col < D_V)
     if (head == 0) & (token == 0) & (tl.program_id(2) == 0):  # no other program of this launch looks at the positions
         held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
@@ -486,12 +522,14 @@ def decode_attention(
     spilled = torch.empty_like(folded) if M > 1 else folded
     part_o, part_lse = empty(b, t, n, total, d_v), empty(b, t, n, total)
     strides = (y for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) for y in x.stride()[:3])
-    _decode_append_kernel[(5 if tied else 7, g, b)](
+    branches = 2 if tied else 3
+    _decode_append_kernel[(3 + branches + t * branches, g, b)](
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, *((k_cmp, v_cmp) if k_emitted is None else (k_emitted, v_emitted)),
         counts, positions, cached_k_cmp, cached_v_cmp, k_raw, v_raw, cached_k_slc, cached_v_slc,
         cached_k_win, cached_v_win, rotated, capacity, slots, tail, ring, n, g, *strides,
         TP=padded(t, 1), H=h, HP=padded(h, 1), L=l, LP=padded(l, 1), D=d, D_K=d_k, D_V=d_v, HALF=HALF, DV=DV, DK=DK,
-        LOG2_THETA=math.log2(theta), EMITTED=k_emitted is not None, **where, num_warps=4,
+        LOG2_THETA=math.log2(theta), EMITTED=k_emitted is not None, TIED=tied,
+        **where, num_warps=4,
     )  # fmt: skip
     sizes = {"D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     scale2 = scale * LOG2E.value
@@ -518,10 +556,11 @@ def decode_attention(
         FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SPLITS=total, **sizes, **where,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
-    cols = 32 if b * t * n < 8 * multiprocessors(q) else DV  # many small programs where there are few heads
+    few = padded(total, 1) * DV <= 4096  # a warp takes a head; else many programs where there are few heads
+    cols = 32 if not few and b * t * n < 8 * multiprocessors(q) else DV
     _decode_merge_kernel[(n, b * t, triton.cdiv(d_v, cols))](
         part_o, part_lse, gates, o, counts, positions, capacity, n, *gates.stride(),
         D_V=d_v, COLS=cols, SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, SP=padded(total, 1),
-        CHUNK=min(4096 // cols, padded(total, 1)), **where, num_warps=4,
+        CHUNK=min(4096 // cols, padded(total, 1)), EAGER=few, **where, num_warps=1 if few else 4,
     )  # fmt: skip
     return o, block_indices

@@ -4,6 +4,8 @@
 a tile are computed while the values of the one before are summed.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -83,16 +85,35 @@ def load_rows(
 
 
 @gluon.jit
+def place_rows(tile, b, g, t, n, layout: gl.constexpr, H: gl.constexpr, WIDTH: gl.constexpr, COLS: gl.constexpr):
+    """Of the 64 rows of a tile: places in [b, t, n] and whether they exist, offsets in [b, t, n, WIDTH] and a mask."""
+    row = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    col = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+    place, live = (b.to(gl.int64) * t + row // H) * n + g * H + row % H, row // H < t
+    offset = gl.expand_dims(place * WIDTH, 1) + gl.expand_dims(col, 0)
+    return place, live, offset, gl.expand_dims(live, 1) & gl.expand_dims(col < WIDTH, 0)
+
+
+@gluon.jit
 def store_rows(
     out, value, tile, b, g, t, n, layout: gl.constexpr, H: gl.constexpr, WIDTH: gl.constexpr, COLS: gl.constexpr
 ):
     """Store the 64 rows of a tile to out [b, t, n, WIDTH]."""
     value = gl.convert_layout(value.to(out.dtype.element_ty), layout)
-    row = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    col = gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-    offset = ((b.to(gl.int64) * t + row // H) * n + g * H + row % H) * WIDTH
-    mask = gl.expand_dims(row // H < t, 1) & gl.expand_dims(col < WIDTH, 0)
-    gl.store(out + gl.expand_dims(offset, 1) + gl.expand_dims(col, 0), value, mask=mask)
+    _, _, offset, mask = place_rows(tile, b, g, t, n, layout, H, WIDTH, COLS)
+    gl.store(out + offset, value, mask=mask)
+
+
+@gluon.jit
+def _mix_rows(o_slc, o_cmp, o_win, gates, place, live, offset, mask):
+    """`g_cmp * o_cmp + g_slc * o_slc + g_win * o_win` in fp32, of rows placed by `place_rows`."""
+    gates += place * 3
+    gate = gl.load(gates, mask=live, other=0.0).to(gl.float32)
+    mixed = gl.expand_dims(gate, 1) * gl.load(o_cmp + offset, mask=mask, other=0.0).to(gl.float32)
+    gate = gl.load(gates + 1, mask=live, other=0.0).to(gl.float32)
+    mixed += gl.expand_dims(gate, 1) * o_slc.to(gl.float32)
+    gate = gl.load(gates + 2, mask=live, other=0.0).to(gl.float32)
+    return mixed + gl.expand_dims(gate, 1) * gl.load(o_win + offset, mask=mask, other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -122,13 +143,15 @@ def _softmax(s, top, total, scale2, chosen, LISTED: gl.constexpr):
 
 @gluon.jit
 def attend_kernel(
-    q, k_tiles, v_tiles, key_start, key_end, entries, counts, o, lse, scale2, t, n, q_b, q_t, q_n,
+    q, k_tiles, v_tiles, key_start, key_end, entries, counts, o, lse, o_cmp, o_win, gates, mixed, scale2, t, n,
+    q_b, q_t, q_n,
     H: gl.constexpr, D_K: gl.constexpr, D_V: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
     CAPACITY: gl.constexpr, PIECES: gl.constexpr, NEGATIVE: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 rows, heads of a group after token, to intervals of keys or, if CAPACITY, to listed blocks.
 
-    NaN and infinity in values that lie after a row are kept from it.
+    NaN and infinity in values that lie after a row are kept from it. Given `gates`, its output is mixed with o_cmp and
+    o_win into `mixed`, and stored to o only if that is given.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = 64
@@ -263,7 +286,13 @@ def attend_kernel(
     mbarrier.invalidate(v_ready.index(1))
 
     out = acc / gl.expand_dims(gl.convert_layout(gl.where(total == 0.0, 1.0, total), o_rows), 1)
-    store_rows(o, out, tile, b, g, t, n, out_layout, H, D_V, DV)
+    out = gl.convert_layout(out.to(dtype), out_layout)
+    place, alive, offset, mask = place_rows(tile, b, g, t, n, out_layout, H, D_V, DV)
+    if o is not None:
+        gl.store(o + offset, out, mask=mask)
+    if gates is not None:
+        mixture = _mix_rows(out, o_cmp, o_win, gates, place, alive, offset, mask)
+        gl.store(mixed + offset, mixture.to(dtype), mask=mask)
     value = gl.where(total == 0.0, float("-inf"), (top * scale2 + gl.log2(total)) * LN2)
     gl.store(lse + (b.to(gl.int64) * t + token) * n + g * H + row % H, value, mask=live)
 
@@ -296,18 +325,33 @@ def key_tiles(x: Tensor, cols: int) -> TensorDescriptor:
     return descriptor(x.transpose(1, 2), [1, 1, KEYS, cols])
 
 
+class Mixture(NamedTuple):
+    """The other branches [b, t, n, d_v] and the gates [b, t, n, 3] to mix an output with, and where the mixture goes.
+
+    All are contiguous; `o` is written.
+    """
+
+    o_cmp: Tensor
+    o_win: Tensor
+    gates: Tensor
+    o: Tensor
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, unions: tuple[Tensor, Tensor] | None, l_sel: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of queries to the keys start … end - 1 or, of these, to those in the blocks of `unions` of 64 rows."""
+    scale: float, o: Tensor | None, lse: Tensor, mixture: Mixture | None = None,
+) -> None:  # fmt: skip
+    """Attention of queries to the keys start … end - 1 or, of these, to those in the blocks of `unions` of 64 rows.
+
+    Writes the output to o [b, t, n, d_v] unless None, its LSE to fp32 [b, t, n], and the mixture where one is wanted.
+    """
     (b, t, n, d_k), g, d_v = q.shape, k.shape[2], v.shape[-1]
-    o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     DK, DV = tile_widths(d_k, d_v)
     entries, counts = unions or (start, start)
+    registers = 168 if DK <= 128 else 255  # shared memory has room for 3 programs of narrow tiles, for 2 of wide ones
     attend_kernel[(triton.cdiv(t * (n // g), ROWS), g, b)](
-        q, key_tiles(k, DK), key_tiles(v, DV), start, end, entries, counts, o, lse, abs(scale) * LOG2E.value, t, n,
-        *q.stride()[:3], H=n // g, D_K=d_k, D_V=d_v, DK=DK, DV=DV, CAPACITY=entries.shape[3] if unions else 0,
-        PIECES=l_sel // KEYS, NEGATIVE=scale < 0, num_warps=4, maxnreg=168,
+        q, key_tiles(k, DK), key_tiles(v, DV), start, end, entries, counts, o, lse, *(mixture or (None,) * 4),
+        abs(scale) * LOG2E.value, t, n, *q.stride()[:3], H=n // g, D_K=d_k, D_V=d_v, DK=DK, DV=DV,
+        CAPACITY=entries.shape[3] if unions else 0, PIECES=l_sel // KEYS, NEGATIVE=scale < 0,
+        num_warps=4, maxnreg=registers,
     )  # fmt: skip
-    return o, lse

@@ -310,7 +310,8 @@ def interval_attention(
     if s == 0:
         return o.zero_(), lse.fill_(float("-inf"))
     if tiles is None and hopper.takes(q, d_k, d_v):
-        return hopper.attend(q, k, v, *intervals, None, 0, scale)
+        hopper.attend(q, k, v, *intervals, None, 0, scale, o, lse)
+        return o, lse
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     rows, keys, warps, stages = tiles or forward_tiles(q, DK, DV)
     _interval_fwd_kernel[(triton.cdiv(t * h, rows), g, b)](

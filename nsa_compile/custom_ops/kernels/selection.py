@@ -434,6 +434,11 @@ def _sum_items_kernel(
     scatter_rows(grad, acc, slot, 0 * slot, live, WIDTH, WIDTH, COLS)
 
 
+def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor, l_sel: int) -> bool:
+    """Whether the forward runs in Gluon."""
+    return hopper.takes_blocks(q.shape[2] // k.shape[2], l_sel) and hopper.takes(q, q.shape[-1], v.shape[-1])
+
+
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, l_sel: int, q_start: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, tiles: Tiles | None = None,
@@ -444,12 +449,13 @@ def selected_attention(
     check_grid("q", "rows or groups", max(b, g))
     o, lse = q.new_empty(b, t, n, d_v), q.new_empty(b, t, n, dtype=torch.float32)
     h, DK, DV = n // g, padded(d_k), padded(d_v)
-    on_hopper = tiles is None and hopper.takes_blocks(h, l_sel) and hopper.takes(q, d_k, d_v)
+    on_hopper = tiles is None and runs_on_hopper(q, k, v, l_sel)
     tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, max(DK, DV) * q.element_size())
     block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     if on_hopper:
-        return hopper.attend(q, k, v, *places.span(), (entries, counts), l_sel, scale)
+        hopper.attend(q, k, v, *places.span(), (entries, counts), l_sel, scale, o, lse)
+        return o, lse
     rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))[0]
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
         q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, o, lse,
@@ -475,6 +481,16 @@ def selected_attention_backward(
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients (dq, dk, dv) of `selected_attention`."""
+    grad_o = aligned(grad_o)
+    delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
+    return selected_gradients(grad_o, delta, lse2, q, k, v, block_indices, l_sel, q_start, cu_seqlens, scale, tiles)
+
+
+def selected_gradients(
+    grad_o: Tensor, delta: Tensor, lse2: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, l_sel: int,
+    q_start: Tensor | None, cu_seqlens: Tensor | None, scale: float, tiles: tuple[Tiles, Tiles] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients (dq, dk, dv) of `selected_attention` by (delta, lse2) as `softmax_delta` gives them."""
     q, k, v, grad_o = aligned(q), aligned(k), aligned(v), aligned(grad_o)
     (b, t, n, d_k), (s, g), d_v = q.shape, k.shape[1:3], v.shape[-1]
     check_grid("q", "rows or groups", max(b, g))
@@ -484,7 +500,6 @@ def selected_attention_backward(
     tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, width * q.element_size())
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
-    delta, lse2 = softmax_delta(o, grad_o, lse, grad_lse)
     block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)

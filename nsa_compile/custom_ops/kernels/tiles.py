@@ -166,6 +166,14 @@ def score_gradient(scores, lse2, dp, delta, scale2):
 
 
 @triton.jit
+def row_delta(out, grad, lse):
+    """`sum_d dO * O` and the LSE in base 2 of rows, both fp32; 0 and +inf where the LSE is -inf."""
+    seen = lse > float("-inf")
+    delta = tl.sum(tl.where(seen[:, None], out * grad, 0.0), 1)
+    return delta, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
 def _delta_kernel(
     o, grad_o, lse, grad_lse, delta, lse2, rows, n, o_t, g_b, g_t, g_n, l_b, l_t, l_n, t,
     WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, HAS_LSE: tl.constexpr,
@@ -179,13 +187,12 @@ def _delta_kernel(
     out = gather_rows(o, r, r * 0, live, WIDTH, WIDTH, COLS).to(tl.float32)
     grad = gather_rows(grad_o, r * 0, channel, live, 0, WIDTH, COLS).to(tl.float32)
     value = tl.load(lse + r, mask=live, other=float("-inf"))
-    seen = value > float("-inf")
-    difference = tl.sum(tl.where(seen[:, None], out * grad, 0.0), 1)
+    difference, value2 = row_delta(out, grad, value)
     if HAS_LSE:
         slot = b * l_b + (token - b * t) * l_t + head * l_n
-        difference -= tl.load(grad_lse + slot, mask=live & seen, other=0.0).to(tl.float32)
+        difference -= tl.load(grad_lse + slot, mask=live & (value > float("-inf")), other=0.0).to(tl.float32)
     tl.store(delta + r, difference, mask=live)
-    tl.store(lse2 + r, tl.where(value == float("-inf"), float("inf"), value * LOG2E), mask=live)
+    tl.store(lse2 + r, value2, mask=live)
 
 
 def softmax_delta(o: Tensor, grad_o: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
