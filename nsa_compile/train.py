@@ -161,7 +161,7 @@ def train(
             batch = next(stream)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(done)
-            loss, grad_norm = _update(model, optimizer, loss_function, batch, config, done + 1)
+            loss, grad_norm = update(model, optimizer, loss_function, batch, config, done + 1)
             done += 1
             tokens_per_s = batch.ids.numel() / (time.perf_counter() - start)
             evaluated = None
@@ -186,7 +186,7 @@ def make_optimizer(model: NSALanguageModel, config: TrainConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
 
 
-def _update(
+def update(
     model: NSALanguageModel,
     optimizer: torch.optim.Optimizer,
     loss_function: Callable[[Tensor, Tensor | None], Tensor],

@@ -21,8 +21,10 @@ LAYERS = {
     "data": set(),
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
-    "bench": {"ops", "custom_ops", "config", "graphs", "module"},
+    "options": set(),
     "terminal": {"model", "data", "train"},
+    "bench": {"", "ops", "custom_ops", "config", "graphs", "module", "options", "terminal"},
+    "profile": {"custom_ops", "config", "graphs", "module", "model", "data", "train", "options", "terminal"},
 }
 """What each part may import of ours; the command line, its demo and the package itself may import all."""
 

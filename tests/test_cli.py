@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nsa_compile import NSACache, NSAConfig, NSALanguageModel, cli, demo, terminal
+from nsa_compile import NSACache, NSAConfig, NSALanguageModel, cli, demo, options, terminal
 from nsa_compile.train import METRICS_FILE, find_checkpoint
 
 SIZES = {
@@ -108,7 +108,7 @@ def test_without_a_compiler_the_demo_says_so_and_runs(text, tmp_path, monkeypatc
 def test_demo_folders_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("nsa-demo", "nsa-demo-2", "nsa-demo-3"):
-        assert cli.free_folder("nsa-demo").name == name
+        assert options.free_folder("nsa-demo").name == name
         (tmp_path / name).mkdir()
 
 
@@ -284,7 +284,7 @@ def test_traceback_shows_where_an_error_comes_from():
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "tokenize", "train", "generate", "bench", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "tokenize", "train", "generate", "bench", "profile", "info"])
 def test_help_tells_what_a_command_does(command):
     result = run(*([command] if command else []), "--help")
     assert result.exit_code == 0
@@ -295,6 +295,7 @@ def test_help_tells_what_a_command_does(command):
         "train": "--resume",
         "generate": "streaming",
         "bench": "--threshold",
+        "profile": "Perfetto",
         "info": "compiler",
     }
     assert words[command] in result.stdout

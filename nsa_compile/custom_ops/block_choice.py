@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.custom_ops.compression import check_compressed_placement
 from nsa_compile.custom_ops.dispatch import runs_triton
+from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import compressed_pairs
 from nsa_compile.ops import selection as reference
 from nsa_compile.ops.attend import compute_dtype, default_scale
@@ -59,6 +60,7 @@ def select_blocks(
 
 
 @torch.library.custom_op("nsa_compile::select_blocks", mutates_args=())
+@in_range("choice")
 def _select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, l: int, d: int, l_sel: int, n_sel: int, init_blocks: int,
     local_blocks: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,

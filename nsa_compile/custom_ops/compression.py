@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.custom_ops import flash
 from nsa_compile.custom_ops.dispatch import choose_attention, runs_triton
+from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     compressed_pairs,
@@ -43,6 +44,7 @@ def compress_mean(k: Tensor, *, l: int, d: int, cu_seqlens: Tensor | None = None
 
 
 @torch.library.custom_op("nsa_compile::compress_mean", mutates_args=())
+@in_range("cmp")
 def _compress_mean(k: Tensor, l: int, d: int, cu_seqlens: Optional[Tensor], impl: str) -> Tensor:
     if runs_triton("compress_mean", impl, k):
         from nsa_compile.custom_ops.kernels import compression
@@ -59,6 +61,7 @@ def _(k, l, d, cu_seqlens, impl):
 
 
 @torch.library.custom_op("nsa_compile::compress_mean_backward", mutates_args=())
+@in_range("cmp backward")
 def _compress_mean_backward(grad: Tensor, s: int, l: int, d: int, cu_seqlens: Optional[Tensor], impl: str) -> Tensor:
     if runs_triton("compress_mean", impl, grad):
         from nsa_compile.custom_ops.kernels import compression
@@ -145,6 +148,7 @@ def check_compressed_placement(
 
 
 @torch.library.custom_op("nsa_compile::compressed_attention", mutates_args=())
+@in_range("cmp")
 def _compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, l: int, d: int, q_start: Optional[Tensor],
     cu_seqlens: Optional[Tensor], scale: float, impl: str,
@@ -171,6 +175,7 @@ def _(q, k_cmp, v_cmp, l, d, q_start, cu_seqlens, scale, impl):
 
 
 @torch.library.custom_op("nsa_compile::compressed_attention_backward", mutates_args=())
+@in_range("cmp backward")
 def _compressed_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
     l: int, d: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.ranges import in_range
 
 
 @torch.library.custom_op("nsa_compile::cache_append", mutates_args=("buffer",))
+@in_range("cache")
 def cache_append(buffer: Tensor, new: Tensor, positions: Tensor, count: Optional[Tensor], ring: bool) -> None:
     """Write the first `count` int32 [b] (default all) of the tokens new [b, t, g, *] at the rows' positions int32 [b].
 
@@ -30,6 +32,7 @@ def cache_append(buffer: Tensor, new: Tensor, positions: Tensor, count: Optional
 
 
 @torch.library.custom_op("nsa_compile::cache_write", mutates_args=("buffer",))
+@in_range("cache")
 def cache_write(buffer: Tensor, new: Tensor, index: Tensor, keep: Tensor) -> None:
     """Write new [b, n, g, *] at the consecutive slots index int [b, n] where keep bool [b, n]; n <= length."""
     row = torch.arange(new.shape[0], device=new.device)[:, None]
@@ -42,6 +45,7 @@ def write_slots(buffer: Tensor, row: Tensor, slot: Tensor, new: Tensor, keep: Te
 
 
 @torch.library.custom_op("nsa_compile::cache_recall", mutates_args=())
+@in_range("cache")
 def cache_recall(buffer: Tensor, new: Tensor, positions: Tensor, first: Tensor, length: int) -> Tensor:
     """Tokens `first … first + length - 1` of each row, of which those from `positions` on are new [b, t, g, *].
 
@@ -77,6 +81,7 @@ def runs_step(impl: str, q: Tensor, v: Tensor, *, d: int, l_sel: int) -> bool:
         "cached_k_slc", "cached_v_slc", "cached_k_win", "cached_v_win",
     ),
 )  # fmt: skip
+@in_range("step")
 def decode_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Optional[Tensor],
     v_win: Optional[Tensor], k_emitted: Optional[Tensor], v_emitted: Optional[Tensor], gates: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.custom_ops.dispatch import runs_triton
+from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import empty_contiguous
 from nsa_compile.ops import gating as reference
 from nsa_compile.ops.checks import check_layout
@@ -32,6 +33,7 @@ def gated_sum(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, *, imp
 
 
 @torch.library.custom_op("nsa_compile::gated_sum", mutates_args=())
+@in_range("gates")
 def _gated_sum(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, impl: str) -> Tensor:
     if runs_triton("gated_sum", impl, o_cmp):
         from nsa_compile.custom_ops.kernels import gating
@@ -47,6 +49,7 @@ def _(o_cmp, o_slc, o_win, gates, impl):
 
 
 @torch.library.custom_op("nsa_compile::gated_sum_backward", mutates_args=())
+@in_range("gates backward")
 def _gated_sum_backward(
     grad: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nsa_compile.custom_ops.dispatch import runs_triton
+from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import empty_attention, empty_contiguous
 from nsa_compile.custom_ops.selection import selected_pairs
 from nsa_compile.ops import gating, selection
@@ -58,7 +59,12 @@ def selected_mixture(
     return o
 
 
+_gated_sum = in_range("gates")(gating.gated_sum)
+_gated_sum_backward = in_range("gates backward")(gating.gated_sum_backward)
+
+
 @torch.library.custom_op("nsa_compile::selected_mixture", mutates_args=())
+@in_range("slc")
 def _selected_mixture(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, o_cmp: Tensor, o_win: Tensor, gates: Tensor, l_sel: int,
     q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, keep: bool, impl: str,
@@ -76,7 +82,7 @@ def _selected_mixture(
         o_slc, lse = selection.selected_attention(
             q, k, v, block_indices, l_sel=l_sel, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale
         )
-        o = gating.gated_sum(o_cmp, o_slc, o_win, gates).contiguous()
+        o = _gated_sum(o_cmp, o_slc, o_win, gates).contiguous()
     return o, o_slc if keep and o_slc is not None else q.new_empty(0), lse
 
 
@@ -87,6 +93,7 @@ def _(q, k, v, block_indices, o_cmp, o_win, gates, l_sel, q_start, cu_seqlens, s
 
 
 @torch.library.custom_op("nsa_compile::selected_mixture_backward", mutates_args=())
+@in_range("slc backward")
 def _selected_mixture_backward(
     grad: Tensor, o_slc: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, o_cmp: Tensor,
     o_win: Tensor, gates: Tensor, l_sel: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float,
@@ -100,7 +107,7 @@ def _selected_mixture_backward(
             return mixture.selected_mixture_backward(
                 grad, o_slc, lse, q, k, v, block_indices, o_cmp, o_win, gates, l_sel, q_start, cu_seqlens, scale
             )
-    d_cmp, d_slc, d_win, d_gates = gating.gated_sum_backward(grad, o_cmp, o_slc, o_win, gates)
+    d_cmp, d_slc, d_win, d_gates = _gated_sum_backward(grad, o_cmp, o_slc, o_win, gates)
     d_q, d_k, d_v = selection.selected_attention_backward(
         d_slc, None, q, k, v, block_indices, o_slc, lse,
         l_sel=l_sel, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa_compile.custom_ops.dispatch import runs_triton
+from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     causal_pairs,
@@ -58,6 +59,7 @@ def selected_attention(
 
 
 @torch.library.custom_op("nsa_compile::selected_attention", mutates_args=())
+@in_range("slc")
 def _selected_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, l_sel: int, q_start: Optional[Tensor],
     cu_seqlens: Optional[Tensor], scale: float, impl: str,
@@ -78,6 +80,7 @@ def _(q, k, v, block_indices, l_sel, q_start, cu_seqlens, scale, impl):
 
 
 @torch.library.custom_op("nsa_compile::selected_attention_backward", mutates_args=())
+@in_range("slc backward")
 def _selected_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     block_indices: Tensor, l_sel: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa_compile.custom_ops import flash
 from nsa_compile.custom_ops.dispatch import choose_attention, runs_triton
+from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import (
     attach_gradient,
     causal_pairs,
@@ -48,6 +49,7 @@ def window_attention(
 
 
 @torch.library.custom_op("nsa_compile::window_attention", mutates_args=())
+@in_range("win")
 def _window_attention(
     q: Tensor, k: Tensor, v: Tensor, w: int, q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float,
     impl: str,
@@ -70,6 +72,7 @@ def _(q, k, v, w, q_start, cu_seqlens, scale, impl):
 
 
 @torch.library.custom_op("nsa_compile::window_attention_backward", mutates_args=())
+@in_range("win backward")
 def _window_attention_backward(
     grad_o: Tensor, grad_lse: Optional[Tensor], o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, w: int,
     q_start: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, impl: str,

@@ -1,0 +1,41 @@
+"""Options that several commands share, and what their values stand for."""
+
+import enum
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+
+class DType(enum.StrEnum):
+    """Types of weights and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Attention(enum.StrEnum):
+    """Attention of a model."""
+
+    nsa = "nsa"
+    dense = "dense"
+
+
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Run the model through torch.compile.")]
+Device = Annotated[str, typer.Option(help='Device, such as "cpu" or "cuda".')]
+Kind = Annotated[DType, typer.Option(help="Type of weights and activations alike.")]
+
+
+def free_folder(name: str) -> Path:
+    """The first of name, name-2, name-3, ... that does not exist."""
+    return next(path for n in itertools.count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch without this kind of device
+        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error

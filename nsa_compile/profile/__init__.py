@@ -1,0 +1,1 @@
+"""`nsa-compile profile`: traces of training, prefill and decode, and their summaries."""
