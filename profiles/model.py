@@ -121,12 +121,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[65536])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--eager", action="store_true", help="do not compile the model before capturing it")
     args = parser.parse_args()
     rows = []
     for context in args.context:
         for attention in ("nsa", "dense"):
             torch.cuda.reset_peak_memory_stats()
-            rows.append(x := measure(attention, context, args.batch, args.steps, compiled=True))
+            rows.append(x := measure(attention, context, args.batch, args.steps, not args.eager))
             print(
                 f"{attention} {context} x {args.batch}: {x['ms_per_step']:.3f} ms, {x['tokens_per_s']:.1f} tokens/s,",
                 f"{x['gb_per_s']:.0f} GB/s ({x['gb_weights']:.2f} of weights, {x['gb_cache_read']:.2f} of cache),",
