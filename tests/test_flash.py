@@ -26,7 +26,7 @@ class StandIns:
     def __init__(self, monkeypatch) -> None:
         self.monkeypatch, self.calls = monkeypatch, Calls()
 
-    def install(self, *versions: int, capability: tuple[int, int] = (9, 0), dtypes=(torch.float32,)) -> Calls:
+    def install(self, *versions: int, capability: tuple[int, int] = (10, 0), dtypes=(torch.float32,)) -> Calls:
         patch = self.monkeypatch
         for version in versions:
             patch.setitem(sys.modules, flash.MODULES[version], MAKERS[version](self.calls))
@@ -268,7 +268,9 @@ def test_refusals_say_why(standins):
     assert "compressed_attention and window_attention only" in refusal(lambda: compress_mean(k, l=4, d=2, impl="flash"))
     odd = make(16, d_k=12)
     text = refusal(lambda: window_attention(*odd, w=4, impl="flash"))
-    assert "flash-attn 4 takes multiples of 8 up to 256 channels on this GPU, not (d_k, d_v) = (12, 8)" in text
+    assert (
+        "flash-attn 4 takes multiples of 8 up to 128 channels or (192, 128) or (256, 256) on this GPU, not (d_k" in text
+    )
     assert "flash-attn 2 takes multiples of 8" in text
 
 
@@ -291,6 +293,8 @@ def test_the_table_of_versions(standins):
     assert pick(192, 128).version == 4 and pick(192, 128, g=2, backward=True).version == 4
     assert "has gradients on this GPU for d_k = d_v only" in pick(192, 128, backward=True).why_not
     assert pick(256, 256, backward=True, lse=True).version == 4
+    assert pick(72, 72).version == pick(96, 96, backward=True).version == 4
+    assert "for d_k in multiples of 32 only, not 72" in pick(72, 72, backward=True).why_not
     standins.install(4, capability=(10, 0))
     assert pick(192, 128, backward=True, lse=True).version == 4
     assert "up to 128 channels or (192, 128) or (256, 256)" in pick(192, 192).why_not
@@ -426,5 +430,6 @@ def test_readme_has_the_table():
         assert version.startswith(f"{support.version} (") and f"{support.majors[0]}.x" in capability
         assert f"up to {support.width}" in widths and all(str(pair) in widths for pair in support.pairs)
         assert ("d_k = d_v" in widths) == (support.equal != "no")
+        assert (f"multiples of {support.gradient_step}" in widths) == (support.gradient_step > 8)
         assert lse.startswith("yes" if support.lse_gradient else "no")
         assert (deterministic, measured) == tuple("yes" if x else "no" for x in support[-2:])

@@ -97,9 +97,9 @@ def check(function, mask: Tensor, tensors, grad: Tensor, grad_lse: Tensor | None
     for what, got, exact, rounded in zip(("o", "lse", "dq", "dk", "dv"), *results.values(), strict=True):
         got, exact, rounded = (x.detach().double().nan_to_num(neginf=0.0) for x in (got, exact, rounded))
         for order in (2, math.inf) if exact.numel() else ():
-            size = torch.linalg.vector_norm(exact, order).clamp_min(1e-30)
-            found, allowed = (torch.linalg.vector_norm(x - exact, order) / size for x in (got, rounded))
-            assert found <= 2 * allowed + 1e-4, f"{what}, norm {order}: {found:.2e} against {allowed:.2e}"
+            found, allowed = (torch.linalg.vector_norm(x - exact, order) for x in (got, rounded))
+            size = torch.linalg.vector_norm(exact, order).clamp_min(1.0)  # a single key leaves a gradient dq of 0
+            assert found <= 2 * allowed + 1e-4 * size, f"{what}, norm {order}: {found:.2e} against {allowed:.2e}"
 
 
 CASES = pytest.mark.parametrize(
@@ -111,7 +111,7 @@ CASES = pytest.mark.parametrize(
         ("bf16", False, 20, 4, 128, 128),
         ("bf16", False, 1, 4, 64, 64),
         ("fp16", False, 333, 1, 64, 64),
-        ("fp16", True, 333, 3, 72, 72),
+        ("fp16", True, 333, 3, 96, 96),
         ("bf16", False, 333, 4, 256, 256),
         ("bf16", False, 333, 1, 192, 128),
         ("bf16", False, 333, 4, 192, 128),

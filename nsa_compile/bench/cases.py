@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nsa_compile.bench.options import DTYPES, Options
 from nsa_compile.custom_ops.block_choice import select_blocks
 from nsa_compile.custom_ops.compression import compress_mean, compressed_attention
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.dispatch import FLASH_OPS, choose_attention, resolve_impl
 from nsa_compile.custom_ops.gating import gated_sum
 from nsa_compile.custom_ops.nsa import nsa_attention
 from nsa_compile.custom_ops.registration import causal_pairs, compressed_pairs
@@ -283,14 +283,23 @@ def attention_work(inputs: tuple[Tensor, ...], pairs: int, *more: Tensor) -> tup
     return forward, Work(2 * pairs * (3 * d_k + 2 * d_v), read + 2 * o + lse + nbytes(q, k, v))
 
 
+def resolved_impl(x: Inputs, op: str, impl: str) -> str:
+    """What `impl` means for an op on these tensors, "forward, backward" where that is not the same."""
+    o = x.options
+    if op not in FLASH_OPS or impl != "auto":
+        return resolve_impl(op, impl, x.device, x.dtype, max(o.d_k, o.d_v)).impl
+    fold = o.d if op == OPS["compressed"] else 1
+    choose = partial(choose_attention, op, impl, x.q, x.kv["win"][1], q_start=None, cu_seqlens=None, fold=fold)
+    return ", ".join(dict.fromkeys(choose(backward=backward).impl for backward in (False, True)))
+
+
 def implementations(x: Inputs, *ops: str) -> list[tuple[str, str]]:
     """(asked, what it resolves to) of the wanted implementations that all of these ops have here."""
     wanted = x.options.impls
-    width = max(x.options.d_k, x.options.d_v)
     found: dict[str, str] = {}
     for impl in wanted or (("auto", "flash") if x.device.type == "cuda" else ("auto",)):
         try:
-            resolved = dict.fromkeys(resolve_impl(op, impl, x.device, x.dtype, width).impl for op in ops)
+            resolved = dict.fromkeys(resolved_impl(x, op, impl) for op in ops)
         except ValueError:
             continue
         runs = " + ".join(resolved)

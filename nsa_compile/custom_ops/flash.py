@@ -40,6 +40,8 @@ class Support(NamedTuple):
     pairs: tuple[tuple[int, int], ...] = ()
     equal: str = "no"
     """Where d_k = d_v is needed: "no", "always", or "gradients" (of heads that share keys)."""
+    gradient_step: int = 8
+    """What d_k must be a multiple of for gradients."""
     lse_gradient: bool = True
     """Whether gradients pass through the LSE, except for heads of 256 channels where `pairs` has them."""
     deterministic: bool = True
@@ -49,7 +51,8 @@ class Support(NamedTuple):
 
 
 SUPPORT = (
-    Support(4, (9,), 256, equal="gradients"),
+    # 4.0.0b36 rounds d_k up to 16 where it writes dQ and to 32 where it reads it: at 72 a gradient came out wrong
+    Support(4, (9,), 256, equal="gradients", gradient_step=32, measured=True),
     Support(4, (10, 11), 128, pairs=((192, 128), (256, 256))),
     Support(4, (12,), 128, deterministic=False),
     Support(2, (8, 9, 10, 11, 12), 256, equal="always", lse_gradient=False),
@@ -141,6 +144,8 @@ def table_refusal(
     if d_k != d_v and (row.equal == "always" or (row.equal == "gradients" and shared and backward)):
         what = "takes" if row.equal == "always" else "has gradients on this GPU for"
         return f"{name} {what} d_k = d_v only, not {widths}"
+    if backward and d_k % row.gradient_step:
+        return f"{name} has gradients on this GPU for d_k in multiples of {row.gradient_step} only, not {d_k}"
     if lse_gradient and (not row.lse_gradient or ((256, 256) in row.pairs and d_k == 256)):
         return f"{name} passes no gradient through the LSE" + (" of 256 channels" if row.lse_gradient else "")
     if backward and not row.deterministic and torch.are_deterministic_algorithms_enabled():
