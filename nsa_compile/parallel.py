@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from nsa_compile.custom_ops import sharding  # noqa: F401  (lets the ops take DTensors)
 from nsa_compile.model import NSALanguageModel, check_ids, next_tokens, summed_loss
 from nsa_compile.module import GateMLP, NSAAttention, check_branch, check_row_layout
 from nsa_compile.ops.checks import check_int

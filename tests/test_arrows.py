@@ -21,6 +21,7 @@ LAYERS = {
     "data": set(),
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
+    "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},
 }
 """What each part may import of ours; the command line, its demo and the package itself may import all."""
