@@ -10,8 +10,8 @@ One process per GPU (`torchrun`), one `DeviceMesh` with the dimensions dp, cp an
 - The dp and cp ranks together shard weights, gradients and optimizer state (`fully_shard`), block by block.
 """
 
+import os
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from nsa_compile.custom_ops import sharding  # noqa: F401  (lets the ops take DT
 from nsa_compile.model import NSALanguageModel, check_ids, next_tokens, summed_loss
 from nsa_compile.module import GateMLP, NSAAttention, check_branch, check_row_layout
 from nsa_compile.ops.checks import check_int
+from nsa_compile.ops.gating import GateStatistics
 from nsa_compile.ops.layout import compressed_slots, query_layout
 from nsa_compile.ops.rope import apply_rope
 
@@ -35,10 +36,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def make_mesh(*, dp: int | None = None, cp: int = 1, tp: int = 1, device: str | None = None) -> DeviceMesh:
-    """The mesh (dp, cp, tp) of all processes; starts `torch.distributed` from torchrun's environment if need be.
+    """The mesh (dp, cp, tp) of all processes; starts `torch.distributed` if need be, without torchrun for one process.
 
-    dp defaults to the processes that cp and tp leave; device to "cuda" where there is one, else "cpu" (gloo). Ranks
-    that differ in tp alone are neighbours.
+    dp defaults to the processes that cp and tp leave; device to "cuda" (NCCL) where there is one, else "cpu" (gloo).
+    Ranks that differ in tp alone are neighbours.
 
     Raises: ValueError or TypeError naming the argument, if dp * cp * tp is not the number of processes.
     """
@@ -46,7 +47,9 @@ def make_mesh(*, dp: int | None = None, cp: int = 1, tp: int = 1, device: str | 
     check_int("cp", cp)
     check_int("tp", tp)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     world = dist.get_world_size()
     if dp is None:
         if world % (cp * tp):
@@ -91,7 +94,7 @@ def parallelize(
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     parallel = become(model, ParallelLanguageModel)
-    parallel.plan = Plan(mesh["dp"].get_group(), mesh["dp"].size() * cp.size(), ring)
+    parallel.plan = Plan(mesh["dp"].get_group(), mesh["dp"].size() * cp.size(), cp.size() * tp.size(), ring)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else model.head.weight.dtype)
     how: dict[str, Any] = {"mesh": data_mesh(mesh), "mp_policy": policy, "reshard_after_forward": reshard_after_forward}
     for block in blocks:
@@ -138,11 +141,16 @@ def become(module: nn.Module, cls: type[M]) -> M:
 
 
 class Plan(NamedTuple):
-    """What a parallel model knows of its mesh: the group of the dp ranks, dp * cp, and the cp ranks if cp > 1."""
+    """What a parallel model knows of its mesh."""
 
     rows: dist.ProcessGroup
+    """The dp ranks, which see other rows."""
     data_ranks: int
+    """dp * cp, the ranks over which `fully_shard` averages."""
+    parts: int
+    """cp * tp, the ranks that share a row."""
     ring: "TokenRing | None"
+    """The cp ranks, if there are several."""
 
 
 class ParallelLanguageModel(NSALanguageModel):
@@ -205,6 +213,12 @@ class ParallelLanguageModel(NSALanguageModel):
     def all_tokens(self, x: Tensor) -> Tensor:
         """The tokens of all cp ranks in order, from what each of them has, x [b, t / cp, ...]; differentiable."""
         return x if self.plan.ring is None else self.plan.ring.gather(x)[0]
+
+    def gate_statistics(self, ids: Tensor, cu_seqlens=None, lengths=None) -> list[GateStatistics]:
+        """As `NSALanguageModel.gate_statistics`; with cp or tp > 1, where no rank has all gates, a ValueError."""
+        if self.plan.parts > 1:
+            raise ValueError(f"gate_statistics: expected cp * tp = 1, got {self.plan.parts}")
+        return super().gate_statistics(ids, cu_seqlens, lengths)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """As `NSALanguageModel.save_pretrained`: every rank calls it, rank 0 writes."""
@@ -280,13 +294,16 @@ def shard_groups(model: NSALanguageModel, mesh: DeviceMesh) -> None:
 def local_class(cls: type, names: tuple[str, ...], summed: bool, mesh: DeviceMesh) -> type:
     """A subclass in which gathered parameters `names` read as local tensors, with gradients summed if asked for."""
 
-    def read(self: nn.Module, name: str) -> Tensor:
-        weight: Any = self._parameters[name]
-        if weight.device_mesh.ndim > 1:  # at rest, sharded over the dp and cp ranks too
-            return weight
-        return sum_gradients(weight.to_local(), mesh) if summed else weight.to_local()
+    def reader(name: str) -> property:
+        def read(self: nn.Module) -> Tensor:
+            weight: Any = self._parameters[name]
+            if weight.device_mesh.ndim > 1:  # at rest, sharded over the dp and cp ranks too
+                return weight
+            return sum_gradients(weight.to_local(), mesh) if summed else weight.to_local()
 
-    return type(cls.__name__, (cls,), {name: property(partial(read, name=name)) for name in names})
+        return property(read)
+
+    return type(cls.__name__, (cls,), {name: reader(name) for name in names})
 
 
 def sum_gradients(x: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +139,15 @@ class Bench:
         for (name, whole), weight in zip(plain.named_parameters(), model.parameters(), strict=True):
             assert_near(weight.full_tensor(), whole, 1e4 * self.tolerance, name)
 
+    def check_decoding(self) -> None:
+        """Ranks of tensor parallelism keep caches of their own groups."""
+        plain, other = self.models(phi="mlp")
+        model, ids = parallelize(other, self.mesh), draw_ids(2, 40).to(self.device)
+        with torch.no_grad():
+            cache = NSACache.for_model(model, batch=2, capacity=64)
+            steps = [model(ids[:, a:z], cache) for a, z in pairwise([0, 30, 31, 32, 36, 40])]
+            assert_near(torch.cat(steps, dim=1), plain(ids), self.tolerance, "decoding")
+
     def check_mixed_precision(self) -> None:
         """Weights, gradients and optimizer state stay in fp32 while bf16 computes."""
         plain, other = (x.float() for x in self.models())
@@ -205,6 +215,7 @@ def check_errors(device: str) -> None:
     refuse("last_only: expected none with cp > 1", lambda: spread(ids, last_only=True))
     cache = NSACache.for_model(make_model().to(device), 1, 64)
     refuse("cache: expected none with cp > 1", lambda: spread(ids[:, :8], cache))
+    refuse("gate_statistics: expected cp \\* tp = 1, got 2", lambda: spread.gate_statistics(ids))
     refuse("branch: expected None or one of", lambda: spread(draw_ids(1, T).to(device), branch="none"))
 
 
@@ -216,25 +227,28 @@ PLANS = {
 
 
 def check_everything(device: str, dtype: torch.dtype) -> None:
-    """All plans of this number of processes."""
+    """All plans of this number of processes; of more than two, each with half of the kinds of rows and models."""
     if dist.get_world_size() == 2 and dtype == torch.float64:
         check_errors(device)
-    for plan, sizes in PLANS[dist.get_world_size()].items():
+    for i, (plan, sizes) in enumerate(PLANS[dist.get_world_size()].items()):
         bench = Bench(*sizes, device, dtype)
-        for name, changes in MODELS.items():
-            for kind in ("rows", "packed"):
+        for j, (name, changes) in enumerate(MODELS.items()):
+            both = ("rows", "packed")
+            for kind in both if dist.get_world_size() == 2 else both[(i + j) % 2 :][:1]:
                 labelled(f"{plan} {name} {kind}", bench.check_gradients, kind, **changes)
         labelled(f"{plan} lengths", bench.check_gradients, "lengths")
         labelled(f"{plan} sharing", bench.check_sharing)
         labelled(f"{plan} mixed precision", bench.check_mixed_precision)
         labelled(f"{plan} saving", bench.check_saving)
+        if sizes[1] == 1:
+            labelled(f"{plan} decoding", bench.check_decoding)
         labelled(f"{plan} training", bench.check_training, "packed", phi="mlp")
 
 
-def check_compiled(device: str, dtype: torch.dtype, backend: str) -> None:
+def check_compiled(device: str, dtype: torch.dtype, backend: str, *plans: str) -> None:
     """Blocks as whole graphs, one for both layers."""
-    for plan, sizes in PLANS[dist.get_world_size()].items():
-        bench = Bench(*sizes, device, dtype)
+    for plan in plans:
+        bench = Bench(*PLANS[dist.get_world_size()][plan], device, dtype)
         for kind, changes in (("rows", {}), ("packed", {"phi": "mlp", "gate": "sigmoid"})):
             torch.compiler.reset()
             torch._dynamo.utils.counters.clear()

@@ -29,8 +29,9 @@ def test_many_processes_compute_and_train_like_one(processes, tmp_path):
     run(processes, tmp_path, "cpu", check_everything, torch.float64)
 
 
-def test_compiled_blocks_are_one_graph(tmp_path):
-    run(2, tmp_path, "cpu", check_compiled, torch.float64, "aot_eager")
+@pytest.mark.parametrize(("processes", "plans"), [(2, ("dp", "cp", "tp")), (4, ("cp-tp",))])
+def test_compiled_blocks_are_one_graph(processes, plans, tmp_path):
+    run(processes, tmp_path, "cpu", check_compiled, torch.float64, "aot_eager", *plans)
 
 
 @pytest.mark.gpu
@@ -43,7 +44,7 @@ def test_two_gpus_compute_and_train_like_one(dtype, tmp_path):
 @pytest.mark.gpu
 @two_gpus
 def test_compiled_blocks_on_two_gpus(tmp_path):
-    run(2, tmp_path, "cuda", check_compiled, torch.float32, "inductor")
+    run(2, tmp_path, "cuda", check_compiled, torch.float32, "inductor", "dp", "cp", "tp")
 
 
 @pytest.mark.parametrize(("l", "d"), [(4, 2), (6, 2), (4, 4), (3, 1)])
