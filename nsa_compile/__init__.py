@@ -18,6 +18,7 @@ from nsa_compile.ops.layout import num_cmp
 from nsa_compile.ops.rope import apply_rope
 from nsa_compile.ops.sampling import sample
 from nsa_compile.ops.selection import RangeStatistics, TokenReads, range_statistics, selection_ranges, token_reads
+from nsa_compile.parallel import ParallelLanguageModel, clip_grad_norm, make_mesh, parallelize
 
 __version__ = "0.1.0"
 
@@ -31,18 +32,22 @@ __all__ = [
     "NSACache",
     "NSAConfig",
     "NSALanguageModel",
+    "ParallelLanguageModel",
     "PrefillGraph",
     "RangeStatistics",
     "RowUpdate",
     "TokenReads",
     "apply_rope",
+    "clip_grad_norm",
     "compress_mean",
     "compressed_attention",
     "gate_statistics",
     "gated_sum",
     "generate",
+    "make_mesh",
     "nsa_attention",
     "num_cmp",
+    "parallelize",
     "range_statistics",
     "sample",
     "select_blocks",

@@ -164,11 +164,7 @@ class NSALanguageModel(nn.Module):
 
         Raises: ValueError or TypeError naming the argument, before anything is written.
         """
-        if check_tensor("ids", ids).dtype not in (torch.int32, torch.int64) or ids.ndim != 2 or 0 in ids.shape:
-            raise ValueError(f"ids: expected integers [b, t] with b, t >= 1, got {ids.dtype} {tuple(ids.shape)}")
-        if values_are_visible(ids) and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            low, high = (int(x) for x in ids.aminmax())
-            raise ValueError(f"ids: expected values in 0 … {self.config.vocab_size - 1}, got {low} … {high}")
+        check_ids(ids, self.config.vocab_size)
         check_row_layout(ids, cache, cu_seqlens, lengths)
         x = self.embed(ids)
         for layer in self.layers:
@@ -186,13 +182,8 @@ class NSALanguageModel(nn.Module):
         ids [b, t] with t >= 2; `cu_seqlens` and `lengths` as in `forward`. Compiles to one graph.
         """
         logits = self(ids, None, cu_seqlens, lengths)[:, :-1]
-        target = torch.where(query_layout(ids, None, cu_seqlens).position[:, 1:] > 0, ids[:, 1:].long(), -100)
-        valid = valid_tokens(ids, cu_seqlens, lengths)
-        if valid is not None:
-            target = torch.where(valid[:, 1:], target, -100)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
-        return total / (target >= 0).sum().clamp_min(1)
+        target = next_tokens(ids, cu_seqlens, lengths)
+        return summed_loss(logits, target) / (target >= 0).sum().clamp_min(1)
 
     @torch.no_grad()
     def gate_statistics(
@@ -235,3 +226,26 @@ class NSALanguageModel(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"folder: expected weights that fit {folder / 'config.json'}, got {error}") from error
         return model.to(device=device, dtype=dtype)
+
+
+def check_ids(ids: object, vocab_size: int) -> None:
+    """Check token ids: int64 or int32 [b, t], b and t at least 1, values below `vocab_size`."""
+    tensor = check_tensor("ids", ids)
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"ids: expected integers [b, t] with b, t >= 1, got {tensor.dtype} {tuple(tensor.shape)}")
+    if values_are_visible(tensor) and not 0 <= tensor.min() <= tensor.max() < vocab_size:
+        low, high = (int(x) for x in tensor.aminmax())
+        raise ValueError(f"ids: expected values in 0 … {vocab_size - 1}, got {low} … {high}")
+
+
+def next_tokens(ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    """The token after each of ids [b, t] but the last, within its own sequence: int64 [b, t - 1], -100 for none."""
+    target = torch.where(query_layout(ids, None, cu_seqlens).position[:, 1:] > 0, ids[:, 1:].long(), -100)
+    valid = valid_tokens(ids, cu_seqlens, lengths)
+    return target if valid is None else torch.where(valid[:, 1:], target, -100)
+
+
+def summed_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy in nats summed over the tokens with a target >= 0; logits [b, t, v], at least in fp32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")

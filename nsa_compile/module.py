@@ -1,6 +1,6 @@
 """NSAAttention: Native Sparse Attention as a layer, with its gate and its compressors."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -185,24 +185,13 @@ class NSAAttention(nn.Module):
         """
         c = self.config
         t = check_layer_input(x, c.dim, cache, cu_seqlens, lengths, attn_mask)
-        if branch is not None and branch not in BRANCHES:
-            raise ValueError(f"branch: expected None or one of {', '.join(map(repr, BRANCHES))}, got {branch!r}")
+        check_branch(branch)
         layer = None if cache is None else cache.layer(self)
         valid = valid_tokens(x, cu_seqlens, lengths)
         if valid is not None:
             x = torch.where(valid[..., None], x, 0.0)
 
-        q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
-        gates = self.gate(x, q)
-        if branch is not None:
-            gates = torch.eye(3, dtype=gates.dtype, device=x.device)[BRANCHES.index(branch)].expand_as(gates)
-        if c.tie_kv:
-            k_cmp = k_slc = k_win = self._project("W_K", x)
-            v_cmp = v_slc = v_win = self._project("W_V", x)
-        else:
-            k_cmp, k_slc, k_win = (self._project(f"W_K_{p}", x) for p in ("cmp", "sel", "win"))
-            v_cmp, v_slc, v_win = (self._project(f"W_V_{p}", x) for p in ("cmp", "sel", "win"))
-
+        q, gates, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) = self._heads(x, branch)
         if layer is not None:
             layer.check_room(k_slc, lengths)
             if runs_step(beside_flash(c.impl), q, v_slc, d=c.d, l_sel=c.l_sel):
@@ -225,17 +214,35 @@ class NSAAttention(nn.Module):
             if c.tie_kv:
                 k_win, v_win = k_slc, v_slc
 
-        impl = c.impl if layer is None else beside_flash(c.impl)  # a cache's queries have q_start
-        o, blocks = attend_branches(
-            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, l=c.l, d=c.d, l_sel=c.l_sel, n_sel=c.n_sel, w=c.w,
-            init_blocks=c.init_blocks, local_blocks=c.local_blocks, q_start=q_start, q_start_win=q_start_win,
-            cu_seqlens=cu_seqlens, branches=op_branches(impl),
+        o, blocks = self._attend(
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates,
+            q_start=q_start, q_start_win=q_start_win, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         if layer is not None:
             reads = token_reads(positions, blocks, l=c.l, d=c.d, l_sel=c.l_sel, w=c.w)
             layer.advance(t, lengths, *reads)
         y = self.out(rearrange(o, "b t n v -> b t (n v)"))
         return y if valid is None else torch.where(valid[..., None], y, 0.0)
+
+    def _heads(self, x: Tensor, branch: str | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Queries, gates, and (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) of all tokens; nothing is rotated."""
+        c = self.config
+        q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
+        gates = self.gate(x, q)
+        if branch is not None:
+            gates = torch.eye(3, dtype=gates.dtype, device=x.device)[BRANCHES.index(branch)].expand_as(gates)
+        if c.tie_kv:
+            return q, gates, (self._project("W_K", x), self._project("W_V", x)) * 3
+        return q, gates, tuple(self._project(f"W_{kv}_{p}", x) for p in ("cmp", "sel", "win") for kv in "KV")
+
+    def _attend(self, q: Tensor, *keys_and_gates: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
+        """Mixed outputs of the branches, and the chosen blocks; arguments as those of `attend_branches`."""
+        c = self.config
+        impl = c.impl if where["q_start"] is None else beside_flash(c.impl)  # flash-attn places no queries
+        return attend_branches(
+            q, *keys_and_gates, l=c.l, d=c.d, l_sel=c.l_sel, n_sel=c.n_sel, w=c.w,
+            init_blocks=c.init_blocks, local_blocks=c.local_blocks, branches=op_branches(impl), **where,
+        )  # fmt: skip
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         return rearrange(self.get_submodule(name)(x), "b t (g x) -> b t g x", g=self.config.n_kv_groups)
@@ -312,6 +319,12 @@ def check_layer_input(
         raise ValueError("attn_mask: expected None (attention is causal; use lengths or cu_seqlens), got a mask")
     check_row_layout(x, cache, cu_seqlens, lengths)
     return x.shape[1]
+
+
+def check_branch(branch: object) -> None:
+    """Check the branch that an ablation lets through alone."""
+    if branch is not None and branch not in BRANCHES:
+        raise ValueError(f"branch: expected None or one of {', '.join(map(repr, BRANCHES))}, got {branch!r}")
 
 
 def valid_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor | None:

@@ -22,6 +22,7 @@ LAYERS = {
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
     "options": set(),
+    "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},
     "bench": {"", "ops", "custom_ops", "config", "graphs", "module", "options", "terminal"},
     "profile": {"custom_ops", "config", "graphs", "module", "model", "data", "train", "options", "terminal"},

@@ -223,15 +223,18 @@ def test_packing_of_a_batch(name):
     refuse(name, "cu_seqlens: expected a batch of 1 packed row, got a batch of 2", cu_seqlens=int32(0, 9))
 
 
-def test_starts_of_packed_sequences():
+@pytest.mark.parametrize(
+    ("q_start", "cu_seqlens", "match"),
+    [
+        (int32(0, 1), int32(0, 9), r"q_start: expected shape \(1,\), got \(2,\)"),
+        (int32(20), int32(0, 9), "q_start: expected values in 0 … 19 for the length of k, got 20 … 20"),
+        (int32(0), int32(0, 21), "cu_seqlens: expected to start at 0 and never fall or pass 20 tokens"),
+    ],
+    ids=["starts-of-rows", "start-behind-the-keys", "sequences-behind-the-keys"],
+)
+def test_starts_in_packed_sequences(q_start, cu_seqlens, match):
     one = {k: v[:1] for k, v in arguments("window_attention").items() if isinstance(v, torch.Tensor)}
-    refuse(
-        "window_attention",
-        "q_start: expected None together with cu_seqlens",
-        **one,
-        cu_seqlens=int32(0, 9),
-        q_start=int32(0),
-    )
+    refuse("window_attention", match, **one, cu_seqlens=cu_seqlens, q_start=q_start)
 
 
 @pytest.mark.parametrize(

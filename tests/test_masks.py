@@ -310,12 +310,6 @@ def test_later_tokens_of_packed_sequences_change_nothing(position):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_q_start_and_cu_seqlens_together_are_refused():
-    inputs = draw_inputs(SHAPE, T)
-    with pytest.raises(ValueError, match="q_start"):
-        window_attention(inputs.q, inputs.k_win, inputs.v_win, w=7, q_start=int32(0), cu_seqlens=int32(0, T))
-
-
 @pytest.mark.parametrize("s", [T - 1, T + 1], ids=["shorter", "longer"])
 def test_keys_of_another_length_need_q_start(s):
     inputs = draw_inputs(SHAPE, T, s=s, c=num_cmp(s, SHAPE.l, SHAPE.d))

@@ -33,7 +33,8 @@ def select_blocks(
         l, d, l_sel: length and stride of a compression block, length of a selection block, in tokens; d divides l and
             l_sel, l <= l_sel.
         n_sel: blocks per query, at least init_blocks + local_blocks; init_blocks >= 0, local_blocks >= 1.
-        q_start: int32 [b] on the device, position of each row's first query; c may then be that of a longer buffer.
+        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); c may
+            then be that of a longer buffer.
         cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; block numbers are local to each.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference" or "triton".

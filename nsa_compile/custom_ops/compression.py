@@ -115,8 +115,9 @@ def compressed_attention(
         q: [b, t, n_heads, d_k] float; query head n belongs to group n // (n_heads // g).
         k_cmp, v_cmp: [b, c, g, d_k], [b, c, g, d_v], as `compress_mean` gives them.
         l, d: length and stride of a compression block in tokens; d divides l.
-        q_start: int32 [b] on the device, position of each row's first query; c may then be that of a longer buffer.
-        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; c = t // d.
+        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); c may
+            then be that of a longer buffer.
+        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; c = t // d without q_start.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference", "triton" or "flash".
 

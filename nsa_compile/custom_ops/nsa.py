@@ -42,8 +42,8 @@ def nsa_attention(
             l_sel, l <= l_sel.
         n_sel: blocks selected per query, the first `init_blocks` (>= 0) and last `local_blocks` (>= 1) included.
         w: window length in tokens, the query's own counted.
-        q_start: int32 [b] on the device, position of each row's first query; keys may then be longer buffers, of which
-            nothing after a row's last query is read into a result.
+        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); keys may
+            then be longer buffers, of which nothing after a row's last query is read into a result.
         cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; tokens after the last one get 0.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference" or "triton" for every branch; "flash" for flash-attn in compressed and window

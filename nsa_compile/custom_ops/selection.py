@@ -37,7 +37,8 @@ def selected_attention(
         block_indices: int32 [b, t, g, n_sel] as `select_blocks` gives them: blocks of l_sel tokens of the query's own
             sequence, no block twice, -1 in unused slots. Carries no gradient.
         l_sel: length of a selection block in tokens.
-        q_start: int32 [b] on the device, position of each row's first query; the keys may then be a longer buffer.
+        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); the keys
+            may then be a longer buffer.
         cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference" or "triton".

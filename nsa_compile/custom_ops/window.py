@@ -30,7 +30,8 @@ def window_attention(
         q: [b, t, n_heads, d_k] float; query head n belongs to group n // (n_heads // g).
         k, v: [b, s, g, d_k], [b, s, g, d_v]; s = t unless `q_start` is given.
         w: window length in tokens, the query's own counted.
-        q_start: int32 [b] on the device, position of each row's first query; the keys may then be a longer buffer.
+        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); the keys
+            may then be a longer buffer.
         cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference", "triton" or "flash".

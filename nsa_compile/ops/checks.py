@@ -94,14 +94,12 @@ def check_int_tensor(name: str, value: object, shape: tuple[int, ...], device: t
 
 
 def check_placement(q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None, end: int | None, key: str) -> None:
-    """Check where the queries stand: at most one of `q_start` and `cu_seqlens`, and every row's first query has a key.
+    """Check where the queries stand: every row's first query has a key, and packed sequences end where the keys do.
 
     `end` is the number of positions that the key tensor named `key` reaches, None if there is no `q_start`. Later
     queries may run past it: they are a row's padding.
     """
     b, t = q.shape[:2]
-    if q_start is not None and cu_seqlens is not None:
-        raise ValueError("q_start: expected None together with cu_seqlens (packed positions start at 0), got both")
     if q_start is not None:
         check_int_tensor("q_start", q_start, (b,), q.device)
         if end is not None and values_are_visible(q_start):
@@ -111,7 +109,7 @@ def check_placement(q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | N
                     f"q_start: expected values in 0 … {end - 1} for the length of {key}, got {low} … {high}"
                 )
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, b, t, q.device)
+        check_cu_seqlens(cu_seqlens, b, t if q_start is None or end is None else end, q.device)
 
 
 def check_key_placement(q: Tensor, k: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -40,15 +40,16 @@ def sequence_of(ends: Tensor, index: Tensor) -> Tensor:
 
 
 def query_layout(q: Tensor, q_start: Tensor | None, cu_seqlens: Tensor | None) -> QueryLayout:
-    """Positions of queries q [b, t, ...]: from 0, from `q_start` int32 [b], or packed by `cu_seqlens` [N + 1]."""
+    """Positions of queries q [b, t, ...]: from 0 or `q_start` int32 [b] in a row, which `cu_seqlens` [N + 1] packs."""
     b, t = q.shape[:2]
     index = torch.arange(t, device=q.device).expand(b, t)
+    if q_start is not None:
+        index = index + q_start.long()[:, None]
     if cu_seqlens is None:
-        position = index if q_start is None else index + q_start.long()[:, None]
-        return QueryLayout(position, torch.zeros_like(index), position >= 0)
+        return QueryLayout(index, torch.zeros_like(index), index >= 0)
     ends = cu_seqlens.long()
     sequence = sequence_of(ends, index)
-    first = ends[sequence].clamp(0, t)
+    first = ends[sequence].clamp(0, t if q_start is None else None)
     return QueryLayout(index - first, first, (index < ends[-1]) & (index >= first))
 
 

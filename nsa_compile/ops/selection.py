@@ -139,14 +139,17 @@ def selected_view(
     s, n = k.shape[1], q.shape[2]
     layout = query_layout(q, q_start, cu_seqlens)
     key = torch.arange(s, device=q.device)
-    key_first, key_position = (key * 0, key) if cu_seqlens is None else (layout.first[0], layout.position[0])
+    key_first, key_position = key * 0, key
+    if cu_seqlens is not None:
+        keys = query_layout(k, None, cu_seqlens)
+        key_first, key_position = keys.first[0], keys.position[0]
     n_blocks = -(-s // l_sel)
 
     def view_gathered(part: slice) -> tuple[Tensor, Tensor]:
-        position, _, valid = (x[:, part, None, None] for x in layout)
+        position, first, valid = (x[:, part, None, None] for x in layout)
         block = block_indices[:, part].long()
         token = (block[..., None] * l_sel + torch.arange(l_sel, device=q.device)).flatten(3)  # [b, t, g, n_sel * l_sel]
-        return token, (token >= 0) & (token <= position) & (token < s) & valid
+        return token + first, (token >= 0) & (token <= position) & (token + first < s) & valid
 
     def view_masked(part: slice) -> tuple[slice, Tensor]:
         position, first, valid = (x[:, part, None, None] for x in layout)

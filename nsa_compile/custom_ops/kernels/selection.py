@@ -408,7 +408,10 @@ def _sum_items_kernel(
     sums, position, first, item_ends, grad, items, t, s, n_groups,
     L_SEL: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the items of every key's block: grad [b, s, g, WIDTH] from sums fp32 [items, L_SEL, WIDTH]."""
+    """Add the items of every key's block: grad [b, s, g, WIDTH] from sums fp32 [items, L_SEL, WIDTH].
+
+    (position, first) are the places of the keys.
+    """
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     key = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = key < s
@@ -529,10 +532,11 @@ def selected_gradients(
             **sizes, ITEM=ITEM, TOKENS=max(1, rows // h), TOKENS_PAD=padded(rows // h, 1), BM=rows, BN=keys,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
+    key_places = places if q_start is None or cu_seqlens is None else query_places(k, s, None, cu_seqlens)
     for sums, grad, channels in ((sum_k, grad_k, d_k), (sum_v, grad_v, d_v)):
         per_program = max(1, 4096 // padded(channels))
         _sum_items_kernel[(triton.cdiv(s, per_program), g, b)](
-            sums, *places, index.item_ends, grad, items, t, s, g,
+            sums, *key_places, index.item_ends, grad, items, t, s, g,
             L_SEL=l_sel, WIDTH=channels, COLS=padded(channels), ROWS=per_program, PACKED=cu_seqlens is not None,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
