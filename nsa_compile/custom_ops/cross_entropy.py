@@ -43,7 +43,9 @@ def _linear_cross_entropy(
     total, grad_x, grad_weight = reference.linear_cross_entropy(
         x.contiguous(), weight.contiguous(), target, chunk=chunk, keep=keep
     )
-    return total, *(x.new_empty(0) if grad is None else grad for grad in (grad_x, grad_weight))
+    if grad_x is None or grad_weight is None:
+        return total, x.new_empty(0), weight.new_empty(0)
+    return total, grad_x, grad_weight
 
 
 @_linear_cross_entropy.register_fake

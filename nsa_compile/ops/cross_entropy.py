@@ -20,7 +20,7 @@ def linear_cross_entropy(
     """`sum_t (logsumexp(W x_t) - (W x_t)_target)` in nats over the tokens with a target >= 0, and its gradients.
 
     x [n, dim], weight [vocab, dim], target int64 [n] → a scalar in at least fp32; with `keep` also the gradients of x
-    and weight, in their types. Works through `chunk` tokens at a time; the weight's gradient is summed in at least fp32.
+    and weight, in their types. Works through `chunk` tokens at a time; sums the weight's gradient in at least fp32.
     """
     dtype = compute_dtype(x)
     total = x.new_zeros((), dtype=dtype)
