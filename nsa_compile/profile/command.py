@@ -8,6 +8,7 @@ import torch
 import typer
 from rich.console import Console
 
+from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.config import NSAConfig
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import Attention, Compile, DType, find_device, free_folder
@@ -17,9 +18,6 @@ from nsa_compile.terminal import (
     can_compile,
     one_thread,
 )  # fmt: skip
-from nsa_compile.train import (
-    find_checkpoint,
-)
 
 SIZES_SHOWN = "small on a CPU, the paper's on CUDA"
 Size = Annotated[int | None, typer.Option(show_default=SIZES_SHOWN)]
