@@ -381,7 +381,7 @@ def _decode_selected_kernel(
     q, k, v, block_indices, count, positions, part_o, part_lse, scale2, capacity, n, n_groups,
     T: tl.constexpr, H: tl.constexpr, L_SEL: tl.constexpr, N: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FIRST_SPLIT: tl.constexpr,
-    SPLIT_SLC: tl.constexpr, SPLITS: tl.constexpr, HAS_COUNT: tl.constexpr,
+    SPLIT_SLC: tl.constexpr, SHARE_P: tl.constexpr, SPLITS: tl.constexpr, HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
     """One split of the chosen blocks of one query and group; the heads are the rows."""
     split, g = tl.program_id(0), tl.program_id(1)
@@ -400,8 +400,11 @@ def _decode_selected_kernel(
     total = tl.zeros([BM], tl.float32)
     SHARE: tl.constexpr = (N + SPLIT_SLC - 1) // SPLIT_SLC
     PIECES: tl.constexpr = (L_SEL + BN - 1) // BN
-    for i in tl.range(split * SHARE * PIECES, tl.minimum((split + 1) * SHARE, N) * PIECES):
-        block = tl.load(block_indices + i // PIECES)
+    mine = tl.arange(0, SHARE_P)  # loaded at once, so that no load of keys waits for another in the loop
+    chosen = split * SHARE + mine
+    blocks = tl.load(block_indices + chosen, mask=(mine < SHARE) & (chosen < N), other=-1)
+    for i in tl.range(0, tl.minimum(SHARE, N - split * SHARE) * PIECES):
+        block = tl.max(tl.where(mine == i // PIECES, blocks, -1), 0)
         inside = i % PIECES * BN + tl.arange(0, BN)
         key = block * L_SEL + inside
         ok = (block >= 0) & (inside < L_SEL) & (key <= own) & (token < new)
@@ -554,7 +557,8 @@ def decode_attention(
     _decode_selected_kernel[(splits.slc, g, b * t)](
         rotated, cached_k_slc, cached_v_slc, block_indices, counts, positions, part_o, part_lse, scale2, capacity, n, g,
         H=h, L_SEL=l_sel, N=n_sel, BM=padded(h), BN=min(padded(l_sel), keys, 64),
-        FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SPLITS=total, **sizes, **where,
+        FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SHARE_P=padded(triton.cdiv(n_sel, splits.slc), 1),
+        SPLITS=total, **sizes, **where,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
     few = padded(total, 1) * DV <= 4096  # a warp takes a head; else many programs where there are few heads
