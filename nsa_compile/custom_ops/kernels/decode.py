@@ -17,6 +17,7 @@ from torch import Tensor
 from nsa_compile.custom_ops.kernels.block_choice import choose_blocks
 from nsa_compile.custom_ops.kernels.tiles import (
     LOG2E,
+    check_grid,
     dot,
     finite,
     gather_rows,
@@ -507,6 +508,7 @@ def decode_attention(
     tiles, window_tiles = triton.cdiv(slots, blocks * A), triton.cdiv(w + t - 1, blocks * A)
     rows = min(64, padded(t * h))
     row_tiles, width = triton.cdiv(t * h, rows), triton.cdiv(capacity, l_sel)
+    check_grid("q", "rows times tokens, or groups", max(b * t, g * row_tiles))
     splits = splits or share_keys(q, row_tiles, g, tiles, window_tiles, n_sel)
     total = sum(splits)
 
