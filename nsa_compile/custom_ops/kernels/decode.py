@@ -58,9 +58,10 @@ def _rotate(first, second, position, LOG2_THETA: tl.constexpr, WIDTH: tl.constex
     """
     i = tl.arange(0, HALF)
     frequency = tl.full([HALF], 0.6366197723675814, tl.float64)
-    for bit in tl.static_range(HALF.bit_length() - 1):  # theta^(-2i / WIDTH) by the bits of i
-        factor = tl.full([HALF], 2.0 ** (-2.0 / WIDTH * LOG2_THETA * 2**bit), tl.float64)
-        frequency = tl.where((i >> bit) & 1 != 0, frequency * factor, frequency)
+    for bit in tl.static_range(16):  # theta^(-2i / WIDTH) by the bits of i
+        if 2**bit < HALF:
+            factor = tl.full([HALF], 2.0 ** (-2.0 / WIDTH * LOG2_THETA * 2**bit), tl.float64)
+            frequency = tl.where((i >> bit) & 1 != 0, frequency * factor, frequency)
     turns = position.to(tl.float64)[:, None] * frequency[None, :]
     nearest = tl.floor(turns + 0.5)
     angle = (turns - nearest).to(tl.float32) * 1.5707963267948966
