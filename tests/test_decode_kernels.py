@@ -178,5 +178,15 @@ def test_rotation_is_exact_to_fp32(theta, width, launches):
     assert (out[..., :half] - torch.stack([angle.cos(), angle.sin()])).abs().max() < 2e-7
 
 
+@torch.no_grad()
+def test_more_rows_than_a_grid_holds_are_refused(launches):
+    layer = make_layers(n_heads=1, n_kv_groups=1, d_k=2, d_v=1)[1]
+    cache = NSACache.for_model(layer, 8193, 8)
+    x = torch.zeros(8193, 8, BASE["dim"], device=DEVICE)
+    with pytest.raises(ValueError, match=r"q: expected at most 65535 rows times tokens, or groups .*, got 65544"):
+        layer(x, cache=cache)
+    assert not launches.of("decode")
+
+
 def test_every_kernel_of_a_step_is_counted():
     assert len([name for name in find_kernels() if name.startswith("decode.")]) == 6
