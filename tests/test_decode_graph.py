@@ -3,9 +3,12 @@
 On a CPU the graphs are calls of the model; on CUDA they are captured.
 """
 
+import copy
+
 import pytest
 import torch
 from models import make_model
+from safetensors.torch import load_file
 
 from nsa_compile import DecodeGraph, NSACache, PrefillGraph, generate
 from nsa_compile.graphs.capture import captures_itself
@@ -198,6 +201,74 @@ def test_tokens_of_a_step_can_be_taken_back_to_any_of_them(model, m):
             row = torch.arange(m + 1, device=device)
             logits = model(ids[row, at][:, None], cache)[:, 0]
             torch.testing.assert_close(logits, full[row, at], rtol=tolerance, atol=tolerance)
+
+
+# --- projections in one product ---------------------------------------------------------------------------------------
+
+
+def step_logits(model, compiled=False):
+    """Logits of two steps of 1 and 3 tokens after a prompt."""
+    device = next(model.parameters()).device
+    ids = torch.arange(2 * 9, device=device).view(2, 9)
+    cache = NSACache.for_model(model, 2, 16)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with torch.no_grad():
+        model(ids[:, :5], cache)
+        return torch.cat((step(ids[:, 5:6], cache), step(ids[:, 6:], cache)), 1)
+
+
+def pack(model) -> list:
+    layers = [m for m in model.modules() if hasattr(m, "pack_projections")]
+    for layer in layers:
+        layer.pack_projections()
+    return layers
+
+
+def test_packed_projections_are_the_same_parameters_and_give_the_same_steps(model):
+    expected, before = step_logits(model), {name: p.clone() for name, p in model.named_parameters()}
+    layers = pack(model)
+    assert all(layer._packed is not None for layer in layers)
+    assert {name: id(p) for name, p in model.named_parameters()}.keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-3
+    for compiled in (False, True):
+        torch.testing.assert_close(step_logits(model, compiled), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_packed_projections_follow_their_weights(model, tmp_path):
+    """An update in place, loaded weights, copies, types, and parameters that were replaced."""
+    pack(model)
+    other = copy.deepcopy(model)
+    assert all(m._packed is None for m in other.modules() if hasattr(m, "pack_projections"))
+    other.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.25)
+        for p in other.parameters():
+            p.mul_(1.25)
+    torch.testing.assert_close(step_logits(model), step_logits(other))
+    model.save_pretrained(tmp_path / "packed")
+    loaded, saved = load_file(tmp_path / "packed" / "model.safetensors"), other.state_dict()
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name].cpu()) for name in saved)
+    model.load_state_dict({name: 0.5 * p for name, p in other.state_dict().items()})
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(step_logits(model), step_logits(other))
+    model.load_state_dict({name: 2 * p for name, p in other.state_dict().items()}, assign=True)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(step_logits(model), step_logits(other))
+    layers = pack(model)
+    model.to(torch.float32)
+    assert all(layer._packed is None for layer in layers)
+
+
+def test_projections_with_hooks_are_left_alone(device):
+    model = sharp_model(device)
+    seen = []
+    model.layers[0].attn.W_Q.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    first, second = pack(model)
+    assert first._packed is None and second._packed is not None
+    DecodeGraph(model, NSACache.for_model(model, 1, 8), capture=False)
+    assert seen
 
 
 # --- prefill and cache -----------------------------------------------------------------------------------------------

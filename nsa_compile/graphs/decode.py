@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ class DecodeGraph:
     With `drafts`, a step verifies that many guessed tokens per row besides: those that equal what would have been drawn
     are taken, so a step yields 1 … drafts + 1 tokens, the same ones that steps without drafts yield.
 
+    The projections of every layer are laid one after the other in memory (`pack_projections`), so that a step takes them
+    in one product; they stay the parameters they were.
+
     Where nothing can be captured (on a CPU, or a model compiled with `mode="reduce-overhead"`), a step is a call of the
     model.
 
@@ -69,6 +72,9 @@ class DecodeGraph:
         if not 0 <= drafts < STEP:
             raise ValueError(f"drafts: expected 0 … {STEP - 1}, got {drafts}")
         self.model, self.cache, self.width = model, cache, drafts + 1
+        for module in cache.modules:
+            if hasattr(module, "pack_projections"):
+                cast(Any, module).pack_projections()
         self._device = device = cache.positions.device
         b = cache.batch
         self._token = torch.zeros(b, dtype=torch.int64, device=device)
