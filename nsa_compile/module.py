@@ -391,6 +391,8 @@ def valid_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -
 def check_row_layout(x: Tensor, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
     """Check `cu_seqlens` and `lengths` for rows x [b, t, ...]: at most one of them, no packing with a cache."""
     b, t = x.shape[:2]
+    if cache is not None and not hasattr(cache, "layer"):
+        raise TypeError(f"cache: expected an NSACache, got {type(cache).__name__}")
     if cu_seqlens is not None:
         if cache is not None or lengths is not None:
             other = "cache" if cache is not None else "lengths"

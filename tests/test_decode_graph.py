@@ -388,7 +388,7 @@ def test_a_row_goes_back_eight_tokens_at_most():
     refused("counts: expected at most 3 tokens to take back from row 0, which holds 15", cache.rollback, [4, 0])
     cache.rollback([3, 3])
     assert cache.positions.tolist() == cache.host_lengths == [12, 0]
-    refused("counts: expected 2 numbers of at least 0", cache.rollback, [1, -1])
+    refused("counts: expected at least 0, got -1", cache.rollback, [1, -1])
 
 
 def test_a_graph_is_used_again_by_generate(device):
