@@ -91,6 +91,9 @@ before = state()
 import nsa_compile, sys
 assert state() == before
 assert "torch._inductor.compile_fx" not in sys.modules
+import nsa_compile.cli
+extras = {"matplotlib", "tensorboard", "torch_tb_profiler", "tokenizers", "pyarrow", "transformers", "flash_attn"}
+assert not extras & set(sys.modules)
 print("ok")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
