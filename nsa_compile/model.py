@@ -9,6 +9,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from nsa_compile.config import NSAConfig
+from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
 from nsa_compile.custom_ops.decode import STEP
 from nsa_compile.module import (
     GateMLP,
@@ -167,26 +168,36 @@ class NSALanguageModel(nn.Module):
 
         Raises: ValueError or TypeError naming the argument, before anything is written.
         """
-        check_ids(ids, self.config.vocab_size)
-        check_row_layout(ids, cache, cu_seqlens, lengths)
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x, cache, cu_seqlens, lengths, branch=branch, attn_mask=attn_mask)
+        x = self.hidden(ids, cache, cu_seqlens, lengths, branch=branch, attn_mask=attn_mask)
         if last_only:
             if cu_seqlens is not None:
                 raise ValueError("last_only: expected False together with cu_seqlens, got True")
             last = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if lengths is None else lengths.long()
             x = x[torch.arange(x.shape[0], device=x.device), (last - 1).clamp_min(0)].unsqueeze(1)
-        return self.head(self.norm(x))
+        return self.head(x)
+
+    def hidden(
+        self, ids: Tensor, cache: "NSACache | None" = None, cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None, *, branch: str | None = None, attn_mask: None = None,
+    ) -> Tensor:  # fmt: skip
+        """What the head reads, [b, t, dim]; arguments as in `forward`."""
+        check_ids(ids, self.config.vocab_size)
+        check_row_layout(ids, cache, cu_seqlens, lengths)
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, cache, cu_seqlens, lengths, branch=branch, attn_mask=attn_mask)
+        return self.norm(x)
 
     def loss(self, ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each next token within its own sequence, in nats, fp32 (fp64 for fp64 weights).
 
-        ids [b, t] with t >= 2; `cu_seqlens` and `lengths` as in `forward`. Compiles to one graph.
+        ids [b, t] with t >= 2; `cu_seqlens` and `lengths` as in `forward`. Compiles to one graph. The logits of all
+        tokens are never there at once; see `linear_cross_entropy`.
         """
-        logits = self(ids, None, cu_seqlens, lengths)[:, :-1]
         target = next_tokens(ids, cu_seqlens, lengths)
-        return summed_loss(logits, target) / (target >= 0).sum().clamp_min(1)
+        x = self.hidden(ids, None, cu_seqlens, lengths)
+        total = linear_cross_entropy(x.flatten(0, 1), self.head.weight, target.flatten())
+        return total / (target >= 0).sum().clamp_min(1)
 
     @torch.no_grad()
     def gate_statistics(
@@ -242,13 +253,9 @@ def check_ids(ids: object, vocab_size: int) -> None:
 
 
 def next_tokens(ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-    """The token after each of ids [b, t] but the last, within its own sequence: int64 [b, t - 1], -100 for none."""
+    """The token after each of ids [b, t] within its own sequence: int64 [b, t], -100 for none."""
     target = torch.where(query_layout(ids, None, cu_seqlens).position[:, 1:] > 0, ids[:, 1:].long(), -100)
     valid = valid_tokens(ids, cu_seqlens, lengths)
-    return target if valid is None else torch.where(valid[:, 1:], target, -100)
-
-
-def summed_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy in nats summed over the tokens with a target >= 0; logits [b, t, v], at least in fp32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+    if valid is not None:
+        target = torch.where(valid[:, 1:], target, -100)
+    return nn.functional.pad(target, (0, 1), value=-100)

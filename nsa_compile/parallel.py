@@ -20,11 +20,12 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from nsa_compile.custom_ops import sharding  # noqa: F401  (lets the ops take DTensors)
-from nsa_compile.model import NSALanguageModel, check_ids, next_tokens, summed_loss
+from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
+from nsa_compile.model import NSALanguageModel, check_ids, next_tokens
 from nsa_compile.module import GateMLP, NSAAttention, check_branch, check_row_layout
 from nsa_compile.ops.checks import check_int
 from nsa_compile.ops.gating import GateStatistics
@@ -100,6 +101,7 @@ def parallelize(
     for block in blocks:
         fully_shard(block, **how)
     fully_shard(parallel, **how)
+    register_fsdp_forward_method(parallel, "loss")  # it reads weights of the head, gathered as for a forward
     return parallel
 
 
@@ -167,17 +169,22 @@ class ParallelLanguageModel(NSALanguageModel):
 
         Raises: ValueError, with cp > 1 also for a cache, for `last_only` and for a t that `own_tokens` refuses.
         """
-        ring = self.plan.ring
-        if ring is None:
-            return super().forward(ids, cache, cu_seqlens, lengths, last_only=last_only, **kwargs)
-        if cache is not None or last_only:
-            raise ValueError(f"{'cache' if cache is not None else 'last_only'}: expected none with cp > 1, got one")
+        if self.plan.ring is not None and last_only:
+            raise ValueError("last_only: expected none with cp > 1, got one")
+        return super().forward(ids, cache, cu_seqlens, lengths, last_only=last_only, **kwargs)
+
+    def hidden(self, ids: Tensor, cache=None, cu_seqlens=None, lengths=None, **kwargs) -> Tensor:
+        """What the head reads of this rank's tokens, [b, t / cp, dim]; as `NSALanguageModel.hidden` for cp = 1."""
+        if self.plan.ring is None:
+            return super().hidden(ids, cache, cu_seqlens, lengths, **kwargs)
+        if cache is not None:
+            raise ValueError("cache: expected none with cp > 1, got one")
         check_ids(ids, self.config.vocab_size)
         check_row_layout(ids, None, cu_seqlens, lengths)
         x = self.embed(self.own_tokens(ids))
         for layer in self.layers:
             x = layer(x, None, cu_seqlens, lengths, **kwargs)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def loss(self, ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each next token over the rows of all ranks, the same number on each of them.
@@ -185,9 +192,10 @@ class ParallelLanguageModel(NSALanguageModel):
         Its gradient is that of this rank's share times dp * cp, since `fully_shard` averages over those ranks.
         """
         plan = self.plan
-        target = nn.functional.pad(next_tokens(ids, cu_seqlens, lengths), (0, 1), value=-100)
+        target = next_tokens(ids, cu_seqlens, lengths)
         count = all_reduce((target >= 0).sum(), plan.rows).clamp_min(1)
-        share = summed_loss(self(ids, None, cu_seqlens, lengths), self.own_tokens(target)) / count
+        x = self.hidden(ids, None, cu_seqlens, lengths).flatten(0, 1)
+        share = linear_cross_entropy(x, self.head.weight, self.own_tokens(target).flatten()) / count
         total = all_reduce(share.detach(), plan.rows)
         if plan.ring is not None:
             total = all_reduce(total, plan.ring.group)

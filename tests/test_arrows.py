@@ -21,6 +21,8 @@ LAYERS = {
     "data": set(),
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
+    "recompute": set(),
+    "precision": set(),
     "options": set(),
     "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},

@@ -52,8 +52,8 @@ class DecodeGraph:
     With `drafts`, a step verifies that many guessed tokens per row besides: those that equal what would have been drawn
     are taken, so a step yields 1 … drafts + 1 tokens, the same ones that steps without drafts yield.
 
-    The weights of a layer's projections are laid one after the other in memory (`pack_projections`), so that a step takes
-    them in one product; they stay the parameters they were.
+    The weights of a layer's projections are laid one after the other in memory (`pack_projections`), so that a step
+    takes them in one product; they stay the parameters they were.
 
     Where nothing can be captured (on a CPU, or a model compiled with `mode="reduce-overhead"`), a step is a call of the
     model.

@@ -1,0 +1,40 @@
+"""Cross-entropy of a linear head, a few tokens at a time: logits of all tokens never exist at once."""
+
+import torch
+from torch import Tensor
+
+from nsa_compile.ops.attend import compute_dtype
+
+LOGITS = 2**25
+"""Most logits that exist at once, in at least fp32."""
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens of a chunk, by the size of the vocabulary."""
+    return max(1, LOGITS // vocab_size)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, *, chunk: int, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`sum_t (logsumexp(W x_t) - (W x_t)_target)` in nats over the tokens with a target >= 0, and its gradients.
+
+    x [n, dim], weight [vocab, dim], target int64 [n] → a scalar in at least fp32; with `keep` also the gradients of x
+    and weight, in their types. Works through `chunk` tokens at a time; sums the weight's gradient in at least fp32.
+    """
+    dtype = compute_dtype(x)
+    total = x.new_zeros((), dtype=dtype)
+    grad_x = torch.empty_like(x) if keep else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if keep else None
+    for start in range(0, x.shape[0], chunk):
+        part = slice(start, start + chunk)
+        counted = target[part] >= 0
+        index = target[part].clamp_min(0).unsqueeze(-1)
+        log_p = torch.log_softmax((x[part] @ weight.mT).to(dtype), dim=-1)
+        total -= torch.where(counted, log_p.gather(-1, index).squeeze(-1), 0.0).sum()
+        if grad_x is not None and grad_weight is not None:
+            grad = log_p.exp_().scatter_add_(-1, index, log_p.new_full(index.shape, -1.0))
+            grad = (grad.masked_fill_(~counted.unsqueeze(-1), 0.0)).to(x.dtype)
+            torch.mm(grad, weight, out=grad_x[part])
+            grad_weight += grad.mT @ x[part]
+    return total, grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
