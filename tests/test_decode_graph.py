@@ -463,6 +463,22 @@ def test_a_graph_is_used_again_by_generate(device):
         assert got == generate(model, PROMPTS[:2], max_new_tokens=9)
 
 
+def test_generate_leaves_a_graph_idle_where_it_is_interrupted():
+    model = sharp_model("cpu")
+    graph = DecodeGraph(model, NSACache.for_model(model, 2, CAPACITY))
+
+    def interrupt(step, tokens):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS[:2], max_new_tokens=9, graph=graph, on_token=interrupt)
+    assert graph.idle == [0, 1]
+    assert graph.cache.positions.tolist() == graph.cache.host_lengths == [len(ids) + 3 for ids in PROMPTS[:2]]
+    graph.cache.reset()
+    assert generate(model, PROMPTS[:2], max_new_tokens=9, graph=graph) == generate(model, PROMPTS[:2], max_new_tokens=9)
+
+
 def test_generate_under_autocast_takes_a_cache_of_its_type():
     model = sharp_model("cpu").float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
