@@ -140,10 +140,11 @@ class PackedProjections(nn.Module):
         )  # fmt: skip
         if not plain or len({(w.dtype, w.device) for w in weights}) > 1 or self._is_packed(weights):
             return
-        packed = torch.cat([w.detach() for w in weights])
-        torch._dynamo.mark_static_address(packed)
-        for weight, part in zip(weights, packed.split([len(w) for w in weights]), strict=True):
-            weight.data = torch.from_dlpack(part)  # a storage of its own, as savers of weights expect
+        with torch.inference_mode(False):  # parameters take no data of an inference tensor
+            packed = torch.cat([w.detach() for w in weights])
+            torch._dynamo.mark_static_address(packed)
+            for weight, part in zip(weights, packed.split([len(w) for w in weights]), strict=True):
+                weight.data = torch.from_dlpack(part)  # a storage of its own, as savers of weights expect
         self._packed = packed, weights
 
     def project(self, x: Tensor, *, few: bool) -> dict[str, Tensor]:

@@ -213,6 +213,7 @@ def test_one_seed_gives_row_r_the_seed_plus_r(model):
     arguments = {"max_new_tokens": 12, "temperature": 3.0}
     result = generate(model, [[1, 2]] * 3, seed=4, **arguments)
     assert result == generate(model, [[1, 2]] * 3, seed=torch.tensor([4, 5, 6]), **arguments)
+    assert result == generate(model, [[1, 2]] * 3, seed=torch.tensor(4), **arguments)
     assert len({tuple(row) for row in result.tokens}) == 3
 
 
@@ -313,6 +314,11 @@ def test_compiled_models_decode_without_compiling_again(mode):
         ({"top_p": [1.0, 1.1]}, r"top_p: expected a number in \(0, 1\], got 1.1"),
         ({"seed": 1.5}, "seed: expected an int64 number, got 1.5"),
         ({"seed": 2**63 - 1}, "seed: expected an int64 number"),
+        ({"seed": True}, "seed: expected an int64 number, got True"),
+        ({"prompts": [[1], [True]]}, r"prompts: expected token ids .*, got True in row 1"),
+        ({"temperature": 1e300}, r"temperature: expected a finite number >= 0, got 1e\+300"),
+        ({"stop_token": 24}, "stop_token: expected 0 … 23, got 24"),
+        ({"stop_token": -1}, "stop_token: expected 0 … 23, got -1"),
         ({"prompts": [[1]]}, "cache: expected one for 1 rows as prompts has, got 2"),
         ({"max_new_tokens": 9}, r"max_new_tokens: expected .* at most 10 tokens \(its capacity\), got 11"),
     ],
@@ -325,6 +331,41 @@ def test_wrong_arguments_are_refused_before_anything_is_written(model, changes, 
         generate(model, **arguments)
     assert cache.host_lengths == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model": 3}, "model: expected a torch.nn.Module, got int"),
+        ({"prompts": None}, "prompts: expected a sequence of token ids per row, got NoneType"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an int, got float"),
+        ({"max_new_tokens": True}, "max_new_tokens: expected an int, got True"),
+        ({"prefill_chunk": "8"}, "prefill_chunk: expected an int, got str"),
+        ({"stop_token": 0.5}, "stop_token: expected an int, got float"),
+        ({"cache": 3}, "cache: expected an NSACache, got int"),
+        ({"graph": 3}, "graph: expected a DecodeGraph, got int"),
+        ({"on_token": 3}, "on_token: expected a function, got int"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_refused_before_anything_is_written(model, changes, words):
+    cache = NSACache.for_model(model, 2, 10)
+    arguments = {"model": model, "prompts": [[1, 2], [1]], "max_new_tokens": 2, "cache": cache} | changes
+    with pytest.raises(TypeError, match=words):
+        generate(arguments.pop("model"), arguments.pop("prompts"), **arguments)
+    assert cache.host_lengths == cache.positions.tolist() == [0, 0]
+
+
+def test_token_ids_are_held_against_the_vocabulary_of_a_model_without_config():
+    own = OwnModel().double()
+    cache = NSACache.for_model(own, 1, 10)
+    for changes, words in (
+        ({"prompts": [[1, 24]]}, "prompts: .* 0 … 23, got 24"),
+        ({"stop_token": 24}, "stop_token: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(own, **{"prompts": [[1, 2]], "max_new_tokens": 2, "cache": cache} | changes)
+    assert cache.host_lengths == cache.positions.tolist() == [0]
 
 
 def test_text_is_no_prompt(model):

@@ -65,8 +65,10 @@ def check_ints(name: str, values: object, minimum: int = 0, maximum: int | None 
     if not isinstance(values, Iterable) or isinstance(values, str):
         raise TypeError(f"{name}: expected ints, got {type(values).__name__}")
     numbers = list(values)
-    for value in numbers:
-        check_int(name, value, minimum, maximum)
+    fine = {*map(type, numbers)} <= {int}  # a prompt is long
+    if not fine or (numbers and (min(numbers) < minimum or (maximum is not None and max(numbers) > maximum))):
+        for value in numbers:
+            check_int(name, value, minimum, maximum)
     return numbers
 
 
