@@ -21,6 +21,7 @@ LAYERS = {
     "data": set(),
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
+    "convert": {"ops", "custom_ops", "config", "module"},
     "options": set(),
     "terminal": {"model", "data", "train"},
     "bench": {"", "ops", "custom_ops", "config", "graphs", "module", "options", "terminal"},
@@ -90,6 +91,7 @@ before = state()
 import nsa_compile, sys
 assert state() == before
 assert "torch._inductor.compile_fx" not in sys.modules
+assert "transformers" not in sys.modules
 print("ok")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
