@@ -276,6 +276,19 @@ def test_a_cache_that_forgets_is_refused():
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16"])
+def test_low_precision(autocast):
+    dense, converted = make_pair("qwen3", tie_kv=False)
+    ids = draw(2, EXACT)
+    expected = logits_of(dense, ids)
+    if not autocast:
+        dense, converted = dense.bfloat16(), converted.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        base, whole, steps = logits_of(dense, ids), logits_of(converted, ids), stepwise(converted, ids, 9)
+    error = (base.float() - expected).abs().mean()
+    assert all((got.float() - expected).abs().mean() < 2 * error for got in (whole, steps))
+
+
 def test_compiled_in_one_graph():
     model = train_a_little(make_pair("llama", layers=[0])[1])
     ids = draw(2, 40)

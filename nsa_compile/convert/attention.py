@@ -103,6 +103,7 @@ class ConvertedAttention(nn.Module):
             q = self.q_norm(q)
         gates = self.gate(x, q)
         k, v = (torch.cat([self._project(f"{kv}_{{}}{branch}", x) for branch in self.branches], -1) for kv in "kv")
+        q, k, gates = (y.to(v.dtype) for y in (q, k, gates))  # under autocast norms give fp32
         past: Any = 0
         if cache is not None:
             past = self._past(cache)
@@ -189,10 +190,10 @@ class ConvertedAttention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of x [b, t, n, d] by cos and sin [b or 1, t, d], in the type of x as transformers does it."""
-    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+    """RoPE of x [b, t, n, d] by cos and sin [b or 1, t, d], computed as transformers does it; in the type of x."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 def roll(x: Tensor, shift: Tensor) -> Tensor:
