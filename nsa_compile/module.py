@@ -50,16 +50,18 @@ class GateMLP(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor) -> Tensor:
         """Gates for hidden states x [b, t, dim] and unrotated queries q [b, t, n_heads, d_k], in the type of q."""
+        return self.values(x, q).to(q.dtype)
+
+    def values(self, x: Tensor, q: Tensor) -> Tensor:
+        """The gates in at least fp32."""
         softmax = self.kind == "softmax"
         features = reduce(q, "b t (g h) k -> b t g k", "mean", g=self.g) if softmax else x
         logits = self.fc2(nn.functional.silu(self.fc1(features)))
         logits = logits.to(compute_dtype(logits))
         if softmax:
             gates = torch.softmax(logits / self.temperature, dim=-1)
-            gates = repeat(gates, "b t g c -> b t (g h) c", h=self.n_heads // self.g)
-        else:
-            gates = torch.sigmoid(rearrange(logits, "b t (n c) -> b t n c", c=3))
-        return gates.to(q.dtype)
+            return repeat(gates, "b t g c -> b t (g h) c", h=self.n_heads // self.g)
+        return torch.sigmoid(rearrange(logits, "b t (n c) -> b t n c", c=3))
 
 
 class MeanCompressor(nn.Module):

@@ -23,6 +23,7 @@ LAYERS = {
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
     "recompute": set(),
     "precision": set(),
+    "convert": {"ops", "custom_ops", "config", "module"},
     "options": set(),
     "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},
