@@ -83,7 +83,7 @@ class ConvertedAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None, cache: Any = None, past_key_values: Any = None, nsa_rows: Rows = Rows(),  # noqa: B008
-        **_: Any,
+        cache_position: Tensor | None = None, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Attend causally, called as the dense attention is.
 
@@ -94,6 +94,7 @@ class ConvertedAttention(nn.Module):
             cache, past_key_values: a transformers cache that keeps all tokens; it gets keys before RoPE, those of the
                 branches side by side.
             nsa_rows: padding and packing, as `find_rows` gives them.
+            cache_position: for the cache, where transformers gives it (5.0).
 
         Returns: [b, t, dim], and None in the place of attention weights.
         """
@@ -108,7 +109,8 @@ class ConvertedAttention(nn.Module):
         if cache is not None:
             past = self._past(cache)
             all_k, all_v = (rearrange(y, "b t g x -> b g t x") for y in (k, v))
-            all_k, all_v = cache.update(all_k, all_v, self.layer_idx)
+            where = {} if cache_position is None else {"cache_kwargs": {"cache_position": cache_position}}
+            all_k, all_v = cache.update(all_k, all_v, self.layer_idx, **where)
         if isinstance(past, int) and past == 0:
             assert position_embeddings is not None
             o = self._attend_whole(q, k, v, gates, *position_embeddings, nsa_rows)
