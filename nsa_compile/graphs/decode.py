@@ -186,12 +186,12 @@ class DecodeGraph:
                 raise ValueError(f"drafts: expected values in -1 … {self.vocab_size - 1}, got {low} … {high}")
             self._drafts.copy_(drafts)
         replay = self._replays[any(row.sampled for row in self._rows.values())]
-        for _ in range(n):
-            if self._unread == LOG:
-                self._drain()
-            with plain_tensors():
+        with plain_tensors():
+            for _ in range(n):
+                if self._unread == LOG:
+                    self._drain()
                 replay()
-            self._unread += 1
+                self._unread += 1
 
     def collect(self) -> list[RowUpdate]:
         """Wait for the steps made and return what each decoding row has drawn since the last look."""
