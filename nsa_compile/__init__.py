@@ -1,6 +1,7 @@
 """Native Sparse Attention (arXiv 2502.11089) for people who write torch.compile(model)."""
 
 from nsa_compile.config import NSAConfig
+from nsa_compile.convert.model import convert, load_converted
 from nsa_compile.custom_ops.block_choice import select_blocks
 from nsa_compile.custom_ops.compression import compress_mean, compressed_attention
 from nsa_compile.custom_ops.gating import gated_sum
@@ -41,9 +42,11 @@ __all__ = [
     "clip_grad_norm",
     "compress_mean",
     "compressed_attention",
+    "convert",
     "gate_statistics",
     "gated_sum",
     "generate",
+    "load_converted",
     "make_mesh",
     "nsa_attention",
     "num_cmp",

@@ -17,6 +17,7 @@ import nsa_compile
 from nsa_compile.bench.command import bench_command
 from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.config import NSAConfig
+from nsa_compile.convert.command import convert_command
 from nsa_compile.custom_ops import flash
 from nsa_compile.custom_ops.dispatch import explain_thresholds, resolve_impl
 from nsa_compile.data import load_tokenizer
@@ -172,6 +173,7 @@ def generate_command(
 
 
 app.command("bench")(bench_command)
+app.command("convert")(convert_command)
 app.command("profile")(profile_command)
 
 

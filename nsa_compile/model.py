@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
+from nsa_compile.custom_ops.decode import STEP
 from nsa_compile.module import (
     GateMLP,
     MLPCompressor,
     NSAAttention,
+    PackedProjections,
     check_layer_input,
     check_row_layout,
     valid_tokens,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 NORM_EPS = 1e-6
 
 
-class DenseAttention(nn.Module):
+class DenseAttention(PackedProjections):
     """Causal grouped-query attention over the whole past, with the call of `NSAAttention`: the yardstick."""
 
     def __init__(self, config: NSAConfig) -> None:
@@ -59,9 +61,10 @@ class DenseAttention(nn.Module):
         valid = valid_tokens(x, cu_seqlens, lengths)
         if valid is not None:
             x = torch.where(valid[..., None], x, 0.0)
-        q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
-        k = rearrange(self.W_K(x), "b t (g k) -> b t g k", k=c.d_k)
-        v = rearrange(self.W_V(x), "b t (g v) -> b t g v", v=c.d_v)
+        projected = self.project(x, few=layer is not None and t <= STEP)
+        q = rearrange(projected["W_Q"], "b t (n k) -> b t n k", k=c.d_k)
+        k = rearrange(projected["W_K"], "b t (g k) -> b t g k", k=c.d_k)
+        v = rearrange(projected["W_V"], "b t (g v) -> b t g v", v=c.d_v)
         if layer is not None:
             layer.check_room(k, lengths)
         layout = query_layout(x, None if layer is None else layer.positions, cu_seqlens)

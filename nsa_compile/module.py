@@ -1,6 +1,6 @@
 """NSAAttention: Native Sparse Attention as a layer, with its gate and its compressors."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -50,16 +50,18 @@ class GateMLP(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor) -> Tensor:
         """Gates for hidden states x [b, t, dim] and unrotated queries q [b, t, n_heads, d_k], in the type of q."""
+        return self.values(x, q).to(q.dtype)
+
+    def values(self, x: Tensor, q: Tensor) -> Tensor:
+        """The gates in at least fp32."""
         softmax = self.kind == "softmax"
         features = reduce(q, "b t (g h) k -> b t g k", "mean", g=self.g) if softmax else x
         logits = self.fc2(nn.functional.silu(self.fc1(features)))
         logits = logits.to(compute_dtype(logits))
         if softmax:
             gates = torch.softmax(logits / self.temperature, dim=-1)
-            gates = repeat(gates, "b t g c -> b t (g h) c", h=self.n_heads // self.g)
-        else:
-            gates = torch.sigmoid(rearrange(logits, "b t (n c) -> b t n c", c=3))
-        return gates.to(q.dtype)
+            return repeat(gates, "b t g c -> b t (g h) c", h=self.n_heads // self.g)
+        return torch.sigmoid(rearrange(logits, "b t (n c) -> b t n c", c=3))
 
 
 class MeanCompressor(nn.Module):
@@ -117,7 +119,67 @@ class MLPCompressor(MeanCompressor):
         return (mean.to(dtype) + learned.to(dtype)).to(x.dtype)
 
 
-class NSAAttention(nn.Module):
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a product with its weight and nothing else."""
+    plain = type(layer) is nn.Linear and layer.bias is None
+    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+class PackedProjections(nn.Module):
+    """A layer with bias-free projections `W_*` of its input, which a step of a few tokens can take in one product.
+
+    A product with a few rows waits for memory, not for arithmetic, and several small ones wait longer than a large one.
+    """
+
+    _packed: tuple[Tensor, tuple[nn.Parameter, ...]] | None = None
+
+    def pack_projections(self) -> None:
+        """Lay the weights `W_*` one after the other in memory; each stays the parameter it was.
+
+        Does nothing where something else stands behind them: other types or devices, hooks, sharded or replaced layers.
+        Moving or converting the layer undoes it.
+        """
+        layers = list(self._projections().values())
+        if self._is_packed(layers) or not all(is_plain(x) and type(x.weight) is nn.Parameter for x in layers):
+            return
+        weights = tuple(cast(nn.Parameter, layer.weight) for layer in layers)
+        if len({(w.dtype, w.device) for w in weights}) > 1:
+            return
+        with torch.inference_mode(False):  # parameters take no data of an inference tensor
+            packed = torch.cat([w.detach() for w in weights])
+            torch._dynamo.mark_static_address(packed)
+            for weight, part in zip(weights, packed.split([len(w) for w in weights]), strict=True):
+                weight.data = torch.from_dlpack(part)  # a storage of its own, as savers of weights expect
+        self._packed = packed, weights
+
+    def project(self, x: Tensor, *, few: bool) -> dict[str, Tensor]:
+        """x [b, t, dim] through each `W_*`, by name; with `few` tokens and no gradient by one product if packed."""
+        layers = self._projections()
+        if not few or torch.is_grad_enabled() or not self._is_packed(list(layers.values())):
+            return {name: layer(x) for name, layer in layers.items()}
+        assert self._packed is not None
+        packed, weights = self._packed
+        parts = nn.functional.linear(x, packed).split([w.shape[0] for w in weights], -1)
+        return dict(zip(layers, parts, strict=True))
+
+    def _projections(self) -> dict[str, nn.Linear]:
+        return {name: layer for name, layer in self._modules.items() if name.startswith("W_")}  # type: ignore[misc]
+
+    def _is_packed(self, layers: list[nn.Linear]) -> bool:
+        """Whether the weights that were packed are those of the layers now."""
+        if self._packed is None:
+            return False
+        return all(is_plain(x) and x.weight is w for x, w in zip(layers, self._packed[1], strict=True))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._packed = None  # the parameters get memory of their own
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}
+
+
+class NSAAttention(PackedProjections):
     """Native Sparse Attention as a layer: projections, RoPE, φ, three branches, gate, output projection.
 
     Arguments are those of `NSAConfig`; `dim … w` are the paper's sizes. `dropout` must be 0: the branches have none.
@@ -191,7 +253,9 @@ class NSAAttention(nn.Module):
         if valid is not None:
             x = torch.where(valid[..., None], x, 0.0)
 
-        q, gates, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) = self._heads(x, branch)
+        q, gates, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) = self._heads(
+            x, branch, few=layer is not None and t <= STEP
+        )
         if layer is not None:
             layer.check_room(k_slc, lengths)
             if runs_step(beside_flash(c.impl), q, v_slc, d=c.d, l_sel=c.l_sel):
@@ -224,16 +288,18 @@ class NSAAttention(nn.Module):
         y = self.out(rearrange(o, "b t n v -> b t (n v)"))
         return y if valid is None else torch.where(valid[..., None], y, 0.0)
 
-    def _heads(self, x: Tensor, branch: str | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def _heads(self, x: Tensor, branch: str | None, *, few: bool = False) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Queries, gates, and (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) of all tokens; nothing is rotated."""
         c = self.config
-        q = rearrange(self.W_Q(x), "b t (n k) -> b t n k", k=c.d_k)
+        projected = self.project(x, few=few)
+        q = rearrange(projected.pop("W_Q"), "b t (n k) -> b t n k", k=c.d_k)
         gates = self.gate(x, q)
         if branch is not None:
             gates = torch.eye(3, dtype=gates.dtype, device=x.device)[BRANCHES.index(branch)].expand_as(gates)
+        kv = {name: rearrange(y, "b t (g x) -> b t g x", g=c.n_kv_groups) for name, y in projected.items()}
         if c.tie_kv:
-            return q, gates, (self._project("W_K", x), self._project("W_V", x)) * 3
-        return q, gates, tuple(self._project(f"W_{kv}_{p}", x) for p in ("cmp", "sel", "win") for kv in "KV")
+            return q, gates, (kv["W_K"], kv["W_V"]) * 3
+        return q, gates, tuple(kv[f"W_{x}_{p}"] for p in ("cmp", "sel", "win") for x in "KV")
 
     def _attend(self, q: Tensor, *keys_and_gates: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
         """Mixed outputs of the branches, and the chosen blocks; arguments as those of `attend_branches`."""
@@ -243,9 +309,6 @@ class NSAAttention(nn.Module):
             q, *keys_and_gates, l=c.l, d=c.d, l_sel=c.l_sel, n_sel=c.n_sel, w=c.w,
             init_blocks=c.init_blocks, local_blocks=c.local_blocks, branches=op_branches(impl), **where,
         )  # fmt: skip
-
-    def _project(self, name: str, x: Tensor) -> Tensor:
-        return rearrange(self.get_submodule(name)(x), "b t (g x) -> b t g x", g=self.config.n_kv_groups)
 
     def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compressed tokens of whole sequences, keys rotated to the position of their block's last token."""
@@ -337,6 +400,8 @@ def valid_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -
 def check_row_layout(x: Tensor, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
     """Check `cu_seqlens` and `lengths` for rows x [b, t, ...]: at most one of them, no packing with a cache."""
     b, t = x.shape[:2]
+    if cache is not None and not hasattr(cache, "layer"):
+        raise TypeError(f"cache: expected an NSACache, got {type(cache).__name__}")
     if cu_seqlens is not None:
         if cache is not None or lengths is not None:
             other = "cache" if cache is not None else "lengths"

@@ -50,8 +50,11 @@ def free_folder(name: str) -> Path:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name. Raises ValueError for one that is not there."""
+    """The device of that name. Raises ValueError for one that is not there, or that does not compute."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch without this kind of device
         raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
+    if device.type == "meta":
+        raise ValueError("device: expected one that computes, got 'meta'")
+    return device

@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, dp: int, cp: int, tp: int, device: str, dtype: torch.dtype) -> None:
         self.mesh = make_mesh(dp=dp, cp=cp, tp=tp, device=device)
         self.dp, self.row, self.device, self.dtype = dp, self.mesh["dp"].get_local_rank(), device, dtype
-        self.tolerance = 1e-11 if dtype == torch.float64 else 2e-4
+        self.tolerance = 1e-11 if dtype == torch.float64 else 1e-5
 
     def models(self, **changes) -> tuple[NSALanguageModel, NSALanguageModel]:
         """The same model twice; of the second one only rank 0 has the weights."""
@@ -245,14 +245,16 @@ def check_everything(device: str, dtype: torch.dtype) -> None:
         labelled(f"{plan} saving", bench.check_saving)
         if sizes[1] == 1:
             labelled(f"{plan} decoding", bench.check_decoding)
-        labelled(f"{plan} training", bench.check_training, "packed", phi="mlp")
+        if plan != "cp" or dist.get_world_size() == 2:
+            labelled(f"{plan} training", bench.check_training, "packed", phi="mlp")
 
 
 def check_compiled(device: str, dtype: torch.dtype, backend: str, *plans: str) -> None:
     """Blocks as whole graphs, one for both layers."""
     for plan in plans:
         bench = Bench(*PLANS[dist.get_world_size()][plan], device, dtype)
-        for kind, changes in (("rows", {}), ("packed", {"phi": "mlp", "gate": "sigmoid"})):
+        cases = {"packed": {"phi": "mlp", "gate": "sigmoid"}, "rows": {}}
+        for kind, changes in list(cases.items())[: 2 if dist.get_world_size() == 2 else 1]:
             torch.compiler.reset()
             torch._dynamo.utils.counters.clear()
             labelled(f"{plan} compiled {kind}", bench.check_gradients, kind, backend, **changes)

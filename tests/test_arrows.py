@@ -50,6 +50,7 @@ LAYERS = {
     },
     "recompute": set(),
     "precision": set(),
+    "convert": {"ops", "custom_ops", "config", "module"},
     "options": set(),
     "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},
@@ -131,6 +132,9 @@ before = state()
 import nsa_compile, sys
 assert state() == before
 assert "torch._inductor.compile_fx" not in sys.modules
+import nsa_compile.cli
+extras = {"matplotlib", "tensorboard", "torch_tb_profiler", "tokenizers", "pyarrow", "transformers", "flash_attn"}
+assert not extras & set(sys.modules)
 print("ok")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

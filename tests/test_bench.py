@@ -3,16 +3,20 @@
 import csv
 import json
 import re
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from flash_standins import Calls, flash_attn_4
 from typer.testing import CliRunner
 
 from nsa_compile import cli
-from nsa_compile.bench import cases, decode, measure, report
-from nsa_compile.bench.beside import window_mask
+from nsa_compile.bench import cases, decode, measure, plots, report
+from nsa_compile.bench.beside import flash_attn, window_mask
 from nsa_compile.bench.options import WHAT, Options
+from nsa_compile.custom_ops import flash
 
 SIZES = {"groups": 2, "d_k": 8, "d_v": 4, "l": 8, "d": 4, "l_sel": 8, "n_sel": 4, "w": 24}
 TINY = ("--repeats", 3, *(x for name, size in SIZES.items() for x in (f"--{name.replace('_', '-')}", size)))
@@ -87,6 +91,14 @@ def test_tables_and_pictures_show_it(measured):
         assert (folder / f"{name}-fp32-4-heads.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_are_of_what_was_asked_for(measured, tmp_path):
+    found = json.loads((measured[0] / "bench.json").read_text())
+    rows = [r | {"impl": "reference"} if r["ours"] else r for r in found["rows"]]
+    assert len(plots.plot_record(found | {"rows": rows}, tmp_path)) == 3
+    rows += [r for r in found["rows"] if r["ours"]]
+    assert [plots.shown_impl(x, "nsa") for x in (rows, rows[:1], [])] == ["auto", None, None]
+
+
 def test_a_sweep_has_every_combination(tmp_path):
     sweep = ("--heads", 2, "--heads", 4, "--dtype", "fp32", "--dtype", "bf16", "--what", "window", "--tokens", 40)
     result = run(*sweep, "--no-backward", "--repeats", 2, "--out", tmp_path)
@@ -118,7 +130,6 @@ def test_floors_count_what_the_ops_do():
     own = torch.arange(64)[:, None, None]
     tokens = (own + 1 - blocks[0].clamp_min(0) * 8).clamp(0, 8) * (blocks[0] >= 0)
     assert x.pairs("slc", blocks) == int(tokens.sum()) * 2
-    assert (blocks.sort(-1).values.diff(dim=-1)[blocks[..., :-1] >= 0]).abs().min() >= 0
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.8])
@@ -290,6 +301,7 @@ def test_a_planted_slowdown_ends_with_exit_code_1(tmp_path):
     old = json.loads(path.read_text())
 
     def compared(factor, **changes):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
         rows = [r | {"ms": factor * r["ms"], "iqr_ms": 0.0} | changes for r in old["rows"]]
         path.write_text(json.dumps(old | {"rows": rows}))
         return run(*what, "--compare", path, "--out", tmp_path / "new", "--repeats", 9)
@@ -299,7 +311,10 @@ def test_a_planted_slowdown_ends_with_exit_code_1(tmp_path):
     fast = compared(1e4)
     assert fast.exit_code == 0 and "0 slower, 1 faster" in fast.stdout
     moved = compared(1.0, w=25)
-    assert moved.exit_code == 0 and "1 new, 1 missing" in moved.stdout
+    assert moved.exit_code == 2 and "compare: expected a record of w 24, got one of 25" in moved.stderr
+    other = compared(1.0, what="window")
+    assert other.exit_code == 1 and "1 new, 1 missing" in other.stdout
+    assert "no case is in both records" in other.stdout
     path.write_text(json.dumps(old | {"device": "another"}))
     for arguments, words in (
         ((), "compare: expected a record of"), (("--dtype", "bf16"), "compare: expected a record of"),
@@ -308,7 +323,39 @@ def test_a_planted_slowdown_ends_with_exit_code_1(tmp_path):
         assert refused.exit_code == 2 and words in refused.stderr and "another" in refused.stderr
     path.write_text(json.dumps(old))
     refused = run(*what, "--dtype", "bf16", "--compare", path)
-    assert refused.exit_code == 2 and "compare: expected a record of bf16, got one of fp32" in refused.stderr
+    assert refused.exit_code == 2 and "compare: expected a record of dtype bf16, got one of fp32" in refused.stderr
+
+
+@pytest.mark.parametrize("change", [
+    {"device": None}, {"rows": 5}, {"rows": [{}]}, {"rows": [row(ms=None)]}, {"rows": [row(ms=0.0)]}, {"commit": 7},
+    {"rows": [row(iqr=None)]}, {"rows": [row(ms="fast")]}, {"rows": [row() | {"what": ["window"]}]}, {"format": 2},
+    {"rows": [{k: v for k, v in row().items() if k != "ours"}]},
+])  # fmt: skip
+def test_a_record_that_is_none_is_refused(change, tmp_path):
+    """In one line and before anything is timed: exit code 1 would say that something got slower."""
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(record(row()) | change))
+    with pytest.raises(ValueError, match=r"compare: expected a bench\.json"):
+        report.read_record(path)
+    path.write_text(json.dumps(record(row())))
+    assert report.read_record(path)["rows"] == [row()]
+
+
+@pytest.mark.parametrize("taken", ["record", "file", "nowhere"])
+def test_where_to_write_is_looked_at_before_anything_is_timed(taken, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    if taken == "record":
+        folder.mkdir()
+        (folder / "bench.json").write_text("{}")
+    if taken == "file":
+        folder.write_text("")
+    if taken == "nowhere":
+        (tmp_path / "file").write_text("")
+        folder = tmp_path / "file" / "out"
+    monkeypatch.setattr("nsa_compile.bench.command.run_bench", lambda *args: pytest.fail("timed"))
+    result = run("--what", "gated_sum", "--tokens", 40, "--heads", 4, "--out", folder)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert str(folder) in result.stderr
 
 
 def test_alternatives_that_got_slower_are_said_but_no_failure(capsys):
@@ -359,7 +406,62 @@ def test_thresholds_on_a_cpu(tmp_path):
     assert found["gpu"] is None and found["pass"] == "forward+backward" and "T 24" in result.stdout
 
 
+def test_what_cannot_be_timed_as_asked_is_said(tmp_path):
+    sizes = ("--tokens", 40, "--heads", 4, "--no-plot")
+    mixed = run("--what", "gated_sum", "--what", "window", "--impl", "flash", *sizes, "--out", tmp_path / "a")
+    assert mixed.exit_code == 1 and "nothing of ours could be timed" in mixed.stdout
+    assert "left out: gated_sum by flash in fp32: impl: expected" in mixed.stdout
+    assert "unavailable: window flash fwd" in mixed.stdout and "runs on NVIDIA GPUs" in mixed.stdout
+
+
+def test_the_whole_is_timed_with_flash_attn_where_it_runs(monkeypatch):
+    calls = Calls()
+    monkeypatch.setitem(sys.modules, flash.MODULES[4], flash_attn_4(calls))
+    monkeypatch.setattr(flash, "installed", lambda: {4: "4.0"})
+    monkeypatch.setattr(flash, "import_error", lambda version: "")
+    monkeypatch.setattr(flash, "capability_of", lambda device: (10, 0))
+    monkeypatch.setattr(flash, "DTYPES", (torch.float32,))
+    rows = measure.run_bench(tiny(what=("nsa",), impls=("flash",), d_v=8))
+    assert [(r["what"], r["runs"], r["status"]) for r in rows] == [("nsa", "reference + flash", "ok")] * 2
+    assert {name for name, _ in calls} == {"_flash_attn_fwd", "_flash_attn_bwd"}
+
+
+def test_a_flash_attn_that_does_not_import_is_a_row(monkeypatch):
+    x = SimpleNamespace(
+        options=tiny(beside=("flash-attn",)), device=torch.device("cuda"), dtype=torch.bfloat16, q=None, t=8,
+        kv={"slc": (None, None)},
+    )  # fmt: skip
+    monkeypatch.setattr(flash, "installed", lambda: {4: "4.0", 2: "2.8"})
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert set(flash_attn(x)) == {"flash-attn 4", "flash-attn 2"}
+    row = measure.attempt(flash_attn(x)["flash-attn 2"], ours=False)[1]
+    assert row["status"] == "unavailable" and "import of flash_attn halted" in row["message"]
+    x.dtype = torch.float32
+    assert flash_attn(x) == {}
+
+
+def test_floors_go_by_the_best_rates_of_the_run(monkeypatch):
+    right, ms = measure.ceilings, {}
+
+    def ceilings(clock, dtype):
+        found = right(clock, dtype)
+        ms.update(zip(found, (1.0, 4.0, 2.0), strict=True))  # the copy takes longer than the sum
+        return found
+
+    monkeypatch.setattr(measure, "ceilings", ceilings)
+    monkeypatch.setattr(measure.Clock, "sample", lambda self, timed: timed.ms.append(ms.get(timed, 8.0)))
+    (found,) = measure.run_bench(tiny(what=("choice",)))
+    assert found["tflop_per_s"] == pytest.approx(2 * 512**3 / 1e-3 / 1e12)
+    assert found["gb_per_s"] == pytest.approx(2**28 / 2e-3 / 1e9)
+    products, moves = found["gflop"] / found["tflop_per_s"], 1000 * found["gbyte"] / found["gb_per_s"]
+    assert found["floor_ms"] == pytest.approx(max(products, moves)) and found["ms"] == 8.0
+    assert found["fraction"] == pytest.approx(found["floor_ms"] / 8.0)
+
+
 @pytest.mark.parametrize("arguments, words", [
+    (("--threshold", "--plot"), "threshold: expected it without --plot"), (("--device", "meta"), "one that computes"),
+    (("--threshold", "--beside", "sdpa"), "threshold: expected it without --beside"),
+    (("--threshold", "--impl", "triton", "--d-k", 258), "got 'triton'"),
     (("--what", "all"), "what: expected some of 'compress'"), (("--dtype", "fp64"), "dtypes: expected some of"),
     (("--tokens", 4), "tokens: expected at least 8"), (("--repeats", 1), "repeats: expected at least 2"),
     (("--heads", 3), "n_heads: expected a multiple of"), (("--impl", "cuda"), "impl: expected one of"),

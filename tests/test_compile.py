@@ -150,6 +150,15 @@ def test_512_steps_of_rows_of_unequal_length_compile_once_and_draw_the_same(grap
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_graph_steps_in_inference_mode_without_compiling_again(graphs):
+    model = make_model(phi="mlp")
+    graph = DecodeGraph(torch.compile(model, fullgraph=True, backend=graphs), NSACache.for_model(model, 2, 40))
+    with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
+        graph.start(0, 3, max_new_tokens=9)
+        graph.step(9)
+    assert len(graph.collect()[0].tokens) == 9 and len(graphs.dynamo) == 1
+
+
 def test_a_second_cache_of_the_same_shape_recompiles_nothing(graphs):
     model = make_model()
     with torch.no_grad():

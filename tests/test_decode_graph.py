@@ -3,9 +3,12 @@
 On a CPU the graphs are calls of the model; on CUDA they are captured.
 """
 
+import copy
+
 import pytest
 import torch
 from models import make_model
+from safetensors.torch import load_file
 
 from nsa_compile import DecodeGraph, NSACache, PrefillGraph, generate
 from nsa_compile.graphs.capture import captures_itself
@@ -131,6 +134,67 @@ def test_a_cancelled_row_keeps_what_it_drew(model):
     assert graph.collect()[0].tokens == expected[11:]
 
 
+def test_a_row_ends_after_its_tokens_even_if_its_cache_is_reset_meanwhile(model):
+    graph = DecodeGraph(model, NSACache.for_model(model, 1, CAPACITY))
+    graph.start(0, 6, max_new_tokens=20)
+    graph.step(7)
+    graph.cache.reset([0])
+    graph.step(30)
+    (update,) = graph.collect()
+    assert (len(update.tokens), update.finished, graph.idle) == (20, True, [0])
+    assert not graph._active.any()
+
+
+@pytest.mark.parametrize("inside", [(True, False, True), (False, True, False)], ids=str)
+def test_graphs_work_across_inference_modes(device, inside):
+    """Made, started and stepped in inference mode or not."""
+    model = sharp_model(device)
+    expected = alone(model, 2, 20)
+    with torch.inference_mode(inside[0]):
+        cache = NSACache.for_model(model, 1, CAPACITY)
+        graph, fill = DecodeGraph(model, cache, drafts=1), PrefillGraph(model, cache, sizes=(4,))
+    with torch.inference_mode(inside[1]):
+        fill([PROMPTS[2][:-1]])
+        graph.start(0, PROMPTS[2][-1], max_new_tokens=20, **arguments_of(2))
+        graph.step(5)
+    with torch.inference_mode(inside[2]):
+        graph.step(5)
+        graph.step(drafts=torch.zeros(1, 1, dtype=torch.int64, device=device))
+        graph.step(9)
+    assert graph.collect()[0].tokens == expected
+
+
+def test_a_step_that_fails_can_be_made_again(monkeypatch):
+    model = sharp_model("cpu")
+    graph = DecodeGraph(model, NSACache.for_model(model, 1, CAPACITY))
+    graph.start(0, 6, max_new_tokens=5)
+    graph.step(2)
+
+    def fail(*args, **kwargs):
+        raise KeyError
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(KeyError):
+        graph.step()
+    monkeypatch.undo()
+    graph.step(3)
+    assert graph.collect()[0].tokens == generate(model, [[6]], max_new_tokens=5).tokens[0]
+
+
+def test_graphs_share_a_cache(model):
+    cache = NSACache.for_model(model, 2, CAPACITY)
+    plain, drafting = DecodeGraph(model, cache), DecodeGraph(model, cache, drafts=3)
+    prefill(model, [PROMPTS[0][:-1], PROMPTS[2][:-1]], cache)
+    plain.start(0, PROMPTS[0][-1], max_new_tokens=20, **arguments_of(0))
+    drafting.start(1, PROMPTS[2][-1], max_new_tokens=15, **arguments_of(2))
+    for _ in range(20):
+        plain.step()
+        drafting.step()
+    (one,), (other,) = plain.collect(), drafting.collect()
+    assert (one.tokens, other.tokens) == (alone(model, 0, 20), alone(model, 2, 15))
+    assert cache.positions.tolist() == cache.host_lengths
+
+
 # --- speculative steps -----------------------------------------------------------------------------------------------
 
 
@@ -159,6 +223,16 @@ def test_verified_drafts_give_the_tokens_of_plain_steps(model, drafts):
         step += 1
     assert texts == expected
     assert graph.cache.positions.tolist() == graph.cache.host_lengths == [len(ids) - 1 + n for ids in PROMPTS[:3]]
+
+
+@pytest.mark.parametrize("draft", [31, 2**62, -7])
+def test_drafts_that_no_host_could_check_are_wrong_guesses_where_they_are_no_tokens(model, draft):
+    graph = DecodeGraph(model, NSACache.for_model(model, 1, CAPACITY), drafts=2)
+    graph.start(0, 6, max_new_tokens=5)
+    for _ in range(5):
+        graph._drafts.fill_(draft)
+        graph.step()
+    assert graph.collect()[0].tokens == generate(model, [[6]], max_new_tokens=5).tokens[0]
 
 
 def test_a_stop_token_among_verified_drafts_ends_the_row_there(model):
@@ -198,6 +272,77 @@ def test_tokens_of_a_step_can_be_taken_back_to_any_of_them(model, m):
             row = torch.arange(m + 1, device=device)
             logits = model(ids[row, at][:, None], cache)[:, 0]
             torch.testing.assert_close(logits, full[row, at], rtol=tolerance, atol=tolerance)
+
+
+# --- projections in one product ---------------------------------------------------------------------------------------
+
+
+def step_logits(model, compiled=False):
+    """Logits of two steps of 1 and 3 tokens after a prompt."""
+    device = next(model.parameters()).device
+    ids = torch.arange(2 * 9, device=device).view(2, 9)
+    cache = NSACache.for_model(model, 2, 16)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with torch.no_grad():
+        model(ids[:, :5], cache)
+        return torch.cat((step(ids[:, 5:6], cache), step(ids[:, 6:], cache)), 1)
+
+
+def pack(model) -> list:
+    layers = [m for m in model.modules() if hasattr(m, "pack_projections")]
+    for layer in layers:
+        layer.pack_projections()
+    return layers
+
+
+def test_packed_projections_are_the_same_parameters_and_give_the_same_steps(model):
+    expected, before = step_logits(model), {name: p.clone() for name, p in model.named_parameters()}
+    layers = pack(model)
+    assert all(layer._packed is not None for layer in layers)
+    assert {name: id(p) for name, p in model.named_parameters()}.keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-3
+    for compiled in (False, True):
+        torch.testing.assert_close(step_logits(model, compiled), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_packed_projections_follow_their_weights(model, tmp_path):
+    """An update in place, loaded weights, copies, types, and parameters that were replaced."""
+    pack(model)
+    other = copy.deepcopy(model)
+    assert all(m._packed is None for m in other.modules() if hasattr(m, "pack_projections"))
+    other.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.25)
+        for p in other.parameters():
+            p.mul_(1.25)
+    torch.testing.assert_close(step_logits(model), step_logits(other))
+    model.save_pretrained(tmp_path / "packed")
+    loaded, saved = load_file(tmp_path / "packed" / "model.safetensors"), other.state_dict()
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name].cpu()) for name in saved)
+    model.load_state_dict({name: 0.5 * p for name, p in other.state_dict().items()})
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(step_logits(model), step_logits(other))
+    model.load_state_dict({name: 2 * p for name, p in other.state_dict().items()}, assign=True)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(step_logits(model), step_logits(other))
+    layers = pack(model)
+    model.to(torch.float32)
+    assert all(layer._packed is None for layer in layers)
+
+
+def test_projections_with_hooks_are_left_alone(device):
+    model = sharp_model(device)
+    seen = []
+    model.layers[0].attn.W_Q.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    first, second = pack(model)
+    assert first._packed is None and second._packed is not None
+    graph = DecodeGraph(model, NSACache.for_model(model, 1, 8), capture=False)
+    assert seen
+    model.layers[1].attn.W_Q.register_forward_hook(lambda module, inputs, output: seen.append("late"))
+    graph.step()
+    assert "late" in seen
 
 
 # --- prefill and cache -----------------------------------------------------------------------------------------------
@@ -273,9 +418,10 @@ def test_wrong_arguments_are_refused():
     before = [tensor.clone() for tensor in cache.tensors()]
     refused(r"row: expected one of the idle rows \[1\], got 0", graph.start, 0, 1, max_new_tokens=3)
     refused(r"row: expected one of the idle rows \[1\], got 2", graph.start, 2, 1, max_new_tokens=3)
-    refused("token: expected a token id in 0 … 30, got -1", graph.start, 1, -1, max_new_tokens=3)
-    refused("token: expected a token id in 0 … 30, got 31", graph.start, 1, 31, max_new_tokens=3)
-    refused("rows: expected token ids in 0 … 30, got 0 … 31", PrefillGraph(model, other, sizes=(4,)), [[1, 31], []])
+    refused("token: expected 0 … 30, got -1", graph.start, 1, -1, max_new_tokens=3)
+    refused("token: expected 0 … 30, got 31", graph.start, 1, 31, max_new_tokens=3)
+    refused("rows: expected 0 … 30, got 31", PrefillGraph(model, other, sizes=(4,)), [[1, 31], []])
+    refused("rows: expected 2, one per row of the cache, got 1", PrefillGraph(model, other, sizes=(4,)), [[1]])
     assert other.host_lengths == other.positions.tolist() == [0, 0]
     refused("max_new_tokens: expected at least 1, got 0", graph.start, 1, 1, max_new_tokens=0)
     refused(
@@ -283,13 +429,18 @@ def test_wrong_arguments_are_refused():
     )
     refused("temperature: expected a finite number", graph.start, 1, 1, max_new_tokens=1, temperature=-1.0)
     refused("top_p: expected a number in", graph.start, 1, 1, max_new_tokens=1, top_p=2)
+    refused("temperature: expected a finite number", graph.start, 1, 1, max_new_tokens=1, temperature=1e300)
+    for token in (-1, 31, 2**70):
+        refused(f"stop_token: expected 0 … 30, got {token}", graph.start, 1, 1, max_new_tokens=1, stop_token=token)
+    refused("n: expected at least 0, got -1", graph.step, -1)
     refused(r"row: expected one of the decoding rows \[0\], got 1", graph.cancel, 1)
     refused(r"drafts: expected int64 \(2, 0\)", graph.step, drafts=torch.zeros(2, 1, dtype=torch.int64))
     refused("drafts: expected 0 … 7, got 8", DecodeGraph, model, cache, drafts=8)
     refused(
         r"capture: expected None or False \(the cache is on cpu\), got True", DecodeGraph, model, cache, capture=True
     )
-    refused(r"sizes: expected numbers of at least 1, got \(\)", PrefillGraph, model, cache, sizes=())
+    refused("sizes: expected at least 1, got none", PrefillGraph, model, cache, sizes=())
+    refused("sizes: expected at least 1, got 0", PrefillGraph, model, cache, sizes=(4, 0))
     refused("source: expected a cache of the same model", cache.copy_row, 0, other)
     refused("row: expected 0 … 1, got 2", cache.copy_row, 2, cache)
     refused("source_row: expected 0 … 1, got -1", cache.copy_row, 1, cache, -1)
@@ -305,6 +456,63 @@ def test_wrong_arguments_are_refused():
     )
     refused("graph: expected one whose rows are all idle", generate, model, [[1]] * 2, max_new_tokens=1, graph=graph)
     assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors(), strict=True))
+    graph.step(3)
+    assert graph.collect() == [(0, generate(model, [[1]], max_new_tokens=3).tokens[0], True, False)]
+
+
+def test_arguments_of_another_type_are_refused():
+    model = sharp_model("cpu")
+    cache = NSACache.for_model(model, 2, 12)
+    graph, fill = DecodeGraph(model, cache, drafts=1), PrefillGraph(model, cache, sizes=(4,))
+    state = [x for x in vars(graph).values() if isinstance(x, torch.Tensor)]
+    before = [tensor.clone() for tensor in (*cache.tensors(), *state)]
+
+    def start(**changes):
+        arguments = {"row": 0, "token": 1, "max_new_tokens": 2} | changes
+        return lambda: graph.start(**arguments)
+
+    calls = {
+        "row: expected an int, got str": start(row="0"),
+        "row: expected an int, got float": start(row=0.0),
+        "row: expected an int, got True": start(row=True),
+        "token: expected an int, got float": start(token=1.5),
+        "max_new_tokens: expected an int, got float": start(max_new_tokens=2.5),
+        "stop_token: expected an int, got float": start(stop_token=0.5),
+        "stop_token: expected an int, got str": start(stop_token="a"),
+        "n: expected an int, got float": lambda: graph.step(1.5),
+        "drafts: expected a torch.Tensor, got list": lambda: graph.step(drafts=[[1], [1]]),
+        "row: expected an int, got list": lambda: graph.cancel([0]),
+        "drafts: expected an int, got True": lambda: DecodeGraph(model, cache, drafts=True),
+        "cache: expected an NSACache, got int": lambda: DecodeGraph(model, 3),
+        "model: expected a torch.nn.Module, got int": lambda: DecodeGraph(3, cache),
+        "capture: expected None, True or False, got 'no'": lambda: DecodeGraph(model, cache, capture="no"),
+        "cache: expected an NSACache, got None": lambda: PrefillGraph(model, None),
+        "sizes: expected ints, got int": lambda: PrefillGraph(model, cache, sizes=5),
+        "sizes: expected an int, got float": lambda: PrefillGraph(model, cache, sizes=(1.5,)),
+        "rows: expected a sequence of token ids per row, got NoneType": lambda: fill(None),
+        "rows: expected a sequence of token ids per row, got Tensor": lambda: fill(torch.ones(2, 2)),
+        "rows: expected ints, got int": lambda: fill([1, 2]),
+        "rows: expected ints, got str": lambda: fill(["ab", "c"]),
+        "rows: expected an int, got float": lambda: fill([[1], [1.5]]),
+    }
+    for words, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{words}"):
+            call()
+    refused("drafts: expected values in -1 … 30, got 3 … 31", graph.step, drafts=torch.tensor([[31], [3]]))
+    refused("drafts: expected values in -1 … 30, got -2 … 3", graph.step, drafts=torch.tensor([[-2], [3]]))
+    assert cache.host_lengths == [0, 0] and graph.idle == [0, 1] and graph.collect() == []
+    assert all(torch.equal(a, b) for a, b in zip(before, (*cache.tensors(), *state), strict=True))
+
+
+def test_a_row_whose_tokens_were_not_counted_does_not_start():
+    model = sharp_model("cpu")
+    cache = NSACache.for_model(model, 2, 40)
+    with torch.no_grad():
+        model(torch.ones(2, 20, dtype=torch.int64), cache)
+    graph = DecodeGraph(model, cache)
+    refused("row: expected 0 tokens in row 1 of the cache, .*, got 20", graph.start, 1, 1, max_new_tokens=3)
+    cache.reserve(20)
+    graph.start(1, 1, max_new_tokens=3)
 
 
 def test_a_row_goes_back_eight_tokens_at_most():
@@ -317,7 +525,7 @@ def test_a_row_goes_back_eight_tokens_at_most():
     refused("counts: expected at most 3 tokens to take back from row 0, which holds 15", cache.rollback, [4, 0])
     cache.rollback([3, 3])
     assert cache.positions.tolist() == cache.host_lengths == [12, 0]
-    refused("counts: expected 2 numbers of at least 0", cache.rollback, [1, -1])
+    refused("counts: expected at least 0, got -1", cache.rollback, [1, -1])
 
 
 def test_a_graph_is_used_again_by_generate(device):
@@ -327,3 +535,29 @@ def test_a_graph_is_used_again_by_generate(device):
         graph.cache.reset()
         got = generate(model, PROMPTS[:2], max_new_tokens=9, graph=graph)
         assert got == generate(model, PROMPTS[:2], max_new_tokens=9)
+
+
+def test_generate_leaves_a_graph_idle_where_it_is_interrupted():
+    model = sharp_model("cpu")
+    graph = DecodeGraph(model, NSACache.for_model(model, 2, CAPACITY))
+
+    def interrupt(step, tokens):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS[:2], max_new_tokens=9, graph=graph, on_token=interrupt)
+    assert graph.idle == [0, 1]
+    assert graph.cache.positions.tolist() == graph.cache.host_lengths == [len(ids) + 3 for ids in PROMPTS[:2]]
+    graph.cache.reset()
+    assert generate(model, PROMPTS[:2], max_new_tokens=9, graph=graph) == generate(model, PROMPTS[:2], max_new_tokens=9)
+
+
+def test_generate_under_autocast_takes_a_cache_of_its_type():
+    model = sharp_model("cpu").float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = NSACache.for_model(model, 2, CAPACITY, dtype=torch.bfloat16)
+        assert [len(row) for row in generate(model, PROMPTS[:2], max_new_tokens=9, cache=cache).tokens] == [9, 9]
+        refused(
+            "cache: expected keys in torch.float32 on cpu, got torch.bfloat16", generate, model, [[1]], max_new_tokens=2
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from nsa_compile import NSAAttention, NSACache
+from nsa_compile.custom_ops.decode import runs_step
 from nsa_compile.custom_ops.kernels.decode import _rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,6 +177,12 @@ def test_rotation_is_exact_to_fp32(theta, width, launches):
     frequency = theta ** (torch.arange(half, dtype=torch.float64, device=DEVICE) / -half)
     angle = positions.double()[:, None] * frequency
     assert (out[..., :half] - torch.stack([angle.cos(), angle.sin()])).abs().max() < 2e-7
+
+
+def test_steps_of_more_rows_than_a_launch_takes_go_another_way(launches):
+    for b, t, fits in ((65535, 1, True), (65536, 1, False), (8191, 8, True), (8192, 8, False), (2, 9, False)):
+        q, v = (torch.empty((), device=DEVICE).expand(b, t, n, 8) for n in (2, 1))
+        assert runs_step("triton", q, v, d=4, l_sel=16) == fits
 
 
 def test_every_kernel_of_a_step_is_counted():

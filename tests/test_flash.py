@@ -405,7 +405,13 @@ def test_committed_thresholds_are_well_formed():
     for entry in entries:
         assert entry["op"] in dispatch.FLASH_OPS and entry["direction"] in ("forward", "backward")
         assert entry["version"] in flash.PACKAGES and (entry["tokens"] is None or entry["source"])
-        assert not entry["source"] or (Path(dispatch.__file__).parents[2] / entry["source"]).exists()
+        if entry["source"]:
+            found = json.loads((Path(dispatch.__file__).parents[2] / entry["source"]).read_text())
+            assert entry["tokens"] == found["directions"][entry["direction"]][entry["op"]]["flash"]
+            assert (entry["gpu"], entry["d_k"], entry["d_v"]) == (
+                found["gpu"], found["options"]["d_k"], found["options"]["d_v"],
+            )  # fmt: skip
+            assert found["versions"][flash.PACKAGES[entry["version"]]] is not None
 
 
 def test_versions_that_are_missing_or_broken_are_told_apart(standins, monkeypatch):

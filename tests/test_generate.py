@@ -7,7 +7,7 @@ from torch import nn
 from nsa_compile import NSAAttention, NSACache, NSAConfig, NSALanguageModel
 from nsa_compile.generate import generate
 from nsa_compile.graphs.prefill import prefill
-from nsa_compile.ops.sampling import sample, uniform
+from nsa_compile.ops.sampling import sample, uniform_bits
 
 SIZES = {"dim": 32, "n_heads": 4, "n_kv_groups": 2, "d_k": 8, "d_v": 8, "l": 4, "d": 2, "l_sel": 4, "n_sel": 4, "w": 6}
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(20)), [7, 7, 7]]
@@ -53,7 +53,7 @@ def test_uniform_is_uniform_over_seeds_and_positions(vary):
         "high seed bits": (count << 32, zero),
         "both": (count // 256, count % 256),
     }[vary]
-    u = uniform(seed, position)
+    u = uniform_bits(seed, position) * 2.0**-24
     assert u.min() >= 0 and u.max() < 1
     for values in (u, (u * 4096) % 1):  # leading and lower bits
         observed = torch.histc(values, bins, 0, 1)
@@ -65,9 +65,9 @@ def test_uniform_is_uniform_over_seeds_and_positions(vary):
 
 def test_uniform_takes_every_int64_seed():
     seeds = torch.tensor([-(2**63), -1, 0, 1, 2**63 - 1, 2**32, -(2**32)])
-    u = uniform(seeds, torch.full((7,), 2**31 - 1, dtype=torch.int32))
+    u = uniform_bits(seeds, torch.full((7,), 2**31 - 1, dtype=torch.int32))
     assert u.unique().numel() == 7
-    assert u.min() >= 0 and u.max() < 1
+    assert u.min() >= 0 and u.max() < 2**24
 
 
 def test_sample_follows_the_probabilities():
@@ -98,6 +98,64 @@ def test_sample_never_draws_what_has_no_probability():
     logits = torch.full((2000, 8), float("-inf"))
     logits[:, 2] = logits[:, 5] = 0.0
     assert set(draw(logits, position=torch.arange(2000)).tolist()) == {2, 5}
+
+
+def test_sample_takes_any_temperature_and_nucleus():
+    logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(64)
+    likeliest = logits.argmax(-1)
+    for arguments in ({"temperature": 1e-6}, {"temperature": 3.0, "top_p": 1e-30}, {"top_p": 1e-46}):
+        assert torch.equal(draw(logits, **arguments, position=position), likeliest)
+    flat = draw(logits[:1].expand(20000, 100), temperature=1e6, position=torch.arange(20000))
+    expected = 20000 / 100
+    assert ((torch.bincount(flat, minlength=100) - expected) ** 2 / expected).sum() < 99 + 5 * (2 * 99) ** 0.5
+    assert draw(torch.zeros(3, 1), position=torch.arange(3)).eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("top_p", [1e-30, 0.5, 1.0])
+def test_sample_takes_infinite_logits_and_stays_in_the_vocabulary_with_nan(temperature, top_p):
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[0.0, inf, 1.0], [-inf, 0.0, -inf], [1e38, -3e38, 3e38]])
+    assert draw(logits, temperature=temperature, top_p=top_p).tolist() == [1, 1, 2]
+    broken = torch.tensor([[nan, 1.0, 2.0], [0.0, nan, inf], [-inf, -inf, -inf], [nan, nan, nan]])
+    drawn = draw(broken, temperature=temperature, top_p=top_p)
+    assert drawn.min() >= 0 and drawn.max() < 3
+
+
+def test_the_sum_that_a_draw_is_held_against_does_not_depend_on_the_order_of_adding(monkeypatch):
+    """As on a CUDA device, where torch adds up a single row in another order than many, and not always in the same."""
+    logits = 0.1 * torch.randn(300, 30000, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(300)
+    expected = draw(logits, position=position)
+
+    def backwards(x, dim):
+        after = torch.cat((torch.zeros_like(x[..., :1]), x[..., 1:].flip(dim)), dim).cumsum_(dim)
+        return x.sum(dim, keepdim=True) - after.flip(dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", backwards)
+    assert torch.equal(draw(logits, position=position), expected)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"logits": [[0.0]]}, TypeError, "logits: expected a torch.Tensor, got list"),
+        ({"logits": torch.zeros(2)}, ValueError, r"logits: expected float \[b, vocab\], got torch.float32 \(2,\)"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: expected float .*, got torch.float32 \(2, 0\)"),
+        ({"logits": torch.ones(2, 3).long()}, ValueError, "logits: expected float .*, got torch.int64"),
+        ({"temperature": 1.0}, TypeError, "temperature: expected a torch.Tensor, got float"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature: expected float \[2\], got torch.float32 \(3,\)"),
+        ({"top_p": torch.ones(2, 1)}, ValueError, r"top_p: expected float \[2\], got torch.float32 \(2, 1\)"),
+        ({"seed": torch.ones(2)}, ValueError, r"seed: expected integers \[2\], got torch.float32 \(2,\)"),
+        ({"position": torch.tensor([1])}, ValueError, r"position: expected integers \[2\], got torch.int64 \(1,\)"),
+    ],
+)
+def test_sample_refuses_what_does_not_fit(change, error, words):
+    arguments = {"logits": torch.zeros(2, 3), "temperature": torch.ones(2), "top_p": torch.ones(2)}
+    arguments |= {"seed": torch.arange(2), "position": torch.arange(2)} | change
+    with pytest.raises(error, match=words):
+        sample(arguments.pop("logits"), **arguments)
 
 
 def test_a_draw_depends_on_its_own_row_only():
@@ -155,6 +213,7 @@ def test_one_seed_gives_row_r_the_seed_plus_r(model):
     arguments = {"max_new_tokens": 12, "temperature": 3.0}
     result = generate(model, [[1, 2]] * 3, seed=4, **arguments)
     assert result == generate(model, [[1, 2]] * 3, seed=torch.tensor([4, 5, 6]), **arguments)
+    assert result == generate(model, [[1, 2]] * 3, seed=torch.tensor(4), **arguments)
     assert len({tuple(row) for row in result.tokens}) == 3
 
 
@@ -255,6 +314,11 @@ def test_compiled_models_decode_without_compiling_again(mode):
         ({"top_p": [1.0, 1.1]}, r"top_p: expected a number in \(0, 1\], got 1.1"),
         ({"seed": 1.5}, "seed: expected an int64 number, got 1.5"),
         ({"seed": 2**63 - 1}, "seed: expected an int64 number"),
+        ({"seed": True}, "seed: expected an int64 number, got True"),
+        ({"prompts": [[1], [True]]}, r"prompts: expected token ids .*, got True in row 1"),
+        ({"temperature": 1e300}, r"temperature: expected a finite number >= 0, got 1e\+300"),
+        ({"stop_token": 24}, "stop_token: expected 0 … 23, got 24"),
+        ({"stop_token": -1}, "stop_token: expected 0 … 23, got -1"),
         ({"prompts": [[1]]}, "cache: expected one for 1 rows as prompts has, got 2"),
         ({"max_new_tokens": 9}, r"max_new_tokens: expected .* at most 10 tokens \(its capacity\), got 11"),
     ],
@@ -267,6 +331,41 @@ def test_wrong_arguments_are_refused_before_anything_is_written(model, changes, 
         generate(model, **arguments)
     assert cache.host_lengths == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model": 3}, "model: expected a torch.nn.Module, got int"),
+        ({"prompts": None}, "prompts: expected a sequence of token ids per row, got NoneType"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an int, got float"),
+        ({"max_new_tokens": True}, "max_new_tokens: expected an int, got True"),
+        ({"prefill_chunk": "8"}, "prefill_chunk: expected an int, got str"),
+        ({"stop_token": 0.5}, "stop_token: expected an int, got float"),
+        ({"cache": 3}, "cache: expected an NSACache, got int"),
+        ({"graph": 3}, "graph: expected a DecodeGraph, got int"),
+        ({"on_token": 3}, "on_token: expected a function, got int"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_refused_before_anything_is_written(model, changes, words):
+    cache = NSACache.for_model(model, 2, 10)
+    arguments = {"model": model, "prompts": [[1, 2], [1]], "max_new_tokens": 2, "cache": cache} | changes
+    with pytest.raises(TypeError, match=words):
+        generate(arguments.pop("model"), arguments.pop("prompts"), **arguments)
+    assert cache.host_lengths == cache.positions.tolist() == [0, 0]
+
+
+def test_token_ids_are_held_against_the_vocabulary_of_a_model_without_config():
+    own = OwnModel().double()
+    cache = NSACache.for_model(own, 1, 10)
+    for changes, words in (
+        ({"prompts": [[1, 24]]}, "prompts: .* 0 … 23, got 24"),
+        ({"stop_token": 24}, "stop_token: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(own, **{"prompts": [[1, 2]], "max_new_tokens": 2, "cache": cache} | changes)
+    assert cache.host_lengths == cache.positions.tolist() == [0]
 
 
 def test_text_is_no_prompt(model):

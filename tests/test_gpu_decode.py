@@ -105,6 +105,25 @@ def test_decoded_logits_equal_those_of_the_full_forward(choice, first):
         assert torch.equal(got.argmax(-1)[clear], top.indices[..., 0][clear])
 
 
+def test_a_graph_captured_under_autocast_keeps_its_casts():
+    """Those that autocast keeps are freed when it ends."""
+    model = make_model(torch.float32)
+    tokens = []
+    for capture in (True, False):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            cache = NSACache.for_model(model, 1, 200, dtype=torch.bfloat16)
+            prefill(model, [[1, 2, 3]], cache)
+            graph = DecodeGraph(model, cache, capture=capture)
+            graph.start(0, 4, max_new_tokens=100)
+            graph.step(2)
+        junk = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(64)] if capture else []
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            graph.step(98)
+        tokens.append(graph.collect()[0].tokens)
+        del junk
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_thousand_replays_never_stop_the_host_compile_or_allocate(compiled):
     model = make_model()

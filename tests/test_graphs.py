@@ -336,14 +336,52 @@ def test_host_counts_what_is_reserved():
     refused = [
         (1, r"cache: expected at most 12 tokens \(its capacity\), got 12 \+ 1 in row 1"),
         ([8, 0, 0], r"cache: expected at most 12 tokens \(its capacity\), got 5 \+ 8 in row 0"),
-        ([1, 0], r"counts: expected 3 numbers of at least 0, got \[1, 0\]"),
-        ([1, 0, -1], r"counts: expected 3 numbers of at least 0, got \[1, 0, -1\]"),
+        ([1, 0], r"counts: expected 3 numbers, one per row, got 2"),
+        ([1, 0, -1], r"counts: expected at least 0, got -1"),
     ]
     for counts, message in refused:
         with pytest.raises(ValueError, match=message):
             cache.reserve(counts)
         assert cache.host_lengths == [5, 12, 7]
     assert_untouched(cache, before)
+
+
+NUMBERS = [2.5, "2", None, [1.5, 2], [True, 1], ["a", 1], torch.tensor([1, 2])]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=str)
+@pytest.mark.parametrize("method", ["reserve", "rollback", "reset", "copy_row"])
+def test_numbers_of_another_type_are_refused(method, value):
+    cache = NSACache.for_model(make_model(**SIZES), 2, 12)
+    cache.reserve(5)
+    before = snapshot(cache)
+    if method == "reset" and value is None:
+        value = 0  # one row, not a sequence
+    arguments = (value, cache) if method == "copy_row" else (value,)
+    name = {"reset": "rows", "copy_row": "row"}.get(method, "counts")
+    with pytest.raises(TypeError, match=f"^{name}: expected (an )?ints?, got "):
+        getattr(cache, method)(*arguments)
+    assert cache.host_lengths == [5, 5]
+    assert_untouched(cache, before)
+
+
+def test_what_is_no_cache_is_refused():
+    model, cache = make_model(**SIZES), NSACache.for_model(make_model(**SIZES), 2, 12)
+    with pytest.raises(TypeError, match="source: expected an NSACache, got int"):
+        cache.copy_row(0, 3)
+    for attention in ("nsa", "dense"):
+        with pytest.raises(TypeError, match="cache: expected an NSACache, got dict"):
+            make_model(attention=attention, **SIZES)(draw_ids(2, 1), {})
+        with pytest.raises(TypeError, match="cache: expected an NSACache, got dict"):
+            make_model(attention=attention, **SIZES).layers[0].attn(draw(2, 1, LAYER["dim"], seed=0), {})
+    for arguments in ({"batch": True}, {"batch": 2.0}, {"capacity": "9"}, {"capacity": None}):
+        with pytest.raises(TypeError, match=f"{next(iter(arguments))}: expected an int, got "):
+            NSACache.for_model(model, **{"batch": 1, "capacity": 9} | arguments)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+        NSACache.for_model(3, 1, 9)
+    for dtype in (torch.int64, "bfloat16"):
+        with pytest.raises(ValueError, match="dtype: expected float16, bfloat16, float32 or float64, got "):
+            NSACache.for_model(model, 1, 9, dtype=dtype)
 
 
 @EACH_ATTENTION

@@ -127,7 +127,8 @@ def check_sums(folder, shown, mode, compiled=False):
         assert part["update_ms"] == 0 or mode == "train"
     if mode == "train":
         assert parts["choice"]["backward_ms"] == 0 and parts["optimizer"]["update_ms"] > 0
-    called = [e for e in events if e.get("cat") == "cpu_op" and any(e["name"] in x for x in enclosing_steps(e, steps))]
+    inside = [(step["ts"], step["ts"] + step["dur"]) for step in steps]
+    called = [e for e in events if e.get("cat") == "cpu_op" and any(a <= e["ts"] < z for a, z in inside)]
     assert s["launches"] * ACTIVE == pytest.approx(len(called))
     assert s["launches"] == pytest.approx(sum(part["launches"] for part in s["parts"]))
     assert s["kernels"] == sorted(s["kernels"], key=lambda row: -row["ms"])
@@ -139,11 +140,6 @@ def check_sums(folder, shown, mode, compiled=False):
     shown = " ".join(shown.split())
     for words in ("time per branch", "gaps", "most expensive kernels", "TFLOP/s", "https://ui.perfetto.dev"):
         assert words in shown
-
-
-def enclosing_steps(event, steps):
-    """[event's name] for every step that the event begins in."""
-    return [[event["name"]] for s in steps if s["ts"] <= event["ts"] < s["ts"] + s["dur"]]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -184,6 +180,16 @@ def check_rates(folder):
     n, g, c = SIZES["n_heads"], SIZES["n_kv_groups"], SIZES["d_k"]
     assert ops["window_attention"]["mb"] * 1e6 == 4 * BATCH * TOKENS * (2 * n * c + 2 * g * c + n)
     assert ops["compress_mean"]["calls"] == 2
+
+
+def test_a_prompt_has_the_flops_of_what_its_queries_see(profiles):
+    """Fewer than a query at the end of the cache's buffers would."""
+    flops = {
+        mode: {op["op"]: op["gflop"] for op in load_summary(profiles(mode)[0])["ops"]} for mode in ("train", "prefill")
+    }
+    for name in FORWARD[1:]:
+        op = f"nsa_compile::{name}"
+        assert flops["prefill"][op] == pytest.approx(flops["train"][op])
 
 
 def test_bytes_leave_out_the_cache_that_an_op_writes_into(profiles):
@@ -240,7 +246,19 @@ def test_a_diff_finds_a_planted_change(profiles, tmp_path):
     result = run("--diff", folder, tmp_path / "b.json")
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.split())
-    assert "dtype: fp32 in a, bf16 in b" in shown and "+100.000" in shown and "new" in shown
+    assert "dtype: fp32 in a, bf16 in b" in shown and "+100.000" in shown
+    assert "host_launches 0.000 0.000 +0.000 time per branch" in shown
+    assert "planted_kernel slc forward 0.000 50.000 +50.000 0 → 3" in shown
+
+
+@pytest.mark.parametrize("change", [
+    {"kernels": 1}, {"parts": [{}]}, {"host_ms": None}, {"settings": []}, {"kernels": [{"kernel": "a"}]},
+])  # fmt: skip
+def test_a_summary_that_is_none_is_refused(change, profiles, tmp_path):
+    summary = load_summary(profiles("decode")[0])
+    (tmp_path / "summary.json").write_text(json.dumps(summary | change))
+    with pytest.raises(ValueError, match="diff: expected a folder of a profile"):
+        load_summary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +268,8 @@ def test_a_diff_finds_a_planted_change(profiles, tmp_path):
         (("sleep",), "mode: expected one of train, prefill, decode"),
         (("train", "--active", 0), "active: expected at least 1, got 0"),
         (("train", "--tokens", 1), "tokens: expected at least 2, got 1"),
+        (("train", "--tokens", 0), "tokens: expected at least 2, got 0"),
+        (("train", "--device", "meta"), "device: expected one that computes, got 'meta'"),
         (("train", "--device", "nonsense"), "device: expected"),
         (("train", "--l", 5, "--d", 2), "l: expected a multiple of d"),
         (("train", "--checkpoint", "nowhere", "--w", 8), "checkpoint: expected it without sizes of a model, got w"),

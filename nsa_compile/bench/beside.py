@@ -10,13 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nsa_compile.bench.cases import (
-    Case,
-    Inputs,
-    attention_work,
-    window_oracle,
-)
+from nsa_compile.bench.cases import Case, Inputs, attention_work, window_oracle
+from nsa_compile.custom_ops import flash
 
+FLASH_MODULES = {4: "flash_attn.cute", 2: "flash_attn"}
 BLOCK = 128
 """Tile of flex_attention's masks."""
 
@@ -66,31 +63,27 @@ def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) 
 
 
 def flash_attn(x: Inputs) -> dict[str, Callable[..., Any]]:
-    """The functions of flash-attn that can be imported, by name; on CUDA in bf16 and fp16."""
+    """The functions of flash-attn's versions that are installed, by name; on CUDA in bf16 and fp16."""
     if "flash-attn" not in x.options.beside or x.device.type != "cuda" or x.dtype == torch.float32:
         return {}
-    found: dict[str, Callable[..., Any]] = {}
-    for name, module in (("flash-attn 4", "flash_attn.cute"), ("flash-attn 2", "flash_attn")):
-        try:
-            found[name] = importlib.import_module(module).flash_attn_func
-        except (ImportError, AttributeError):
-            continue
-    return found
+    return {f"flash-attn {version}": partial(call_flash_attn, version) for version in flash.installed()}
+
+
+def call_flash_attn(version: int, *tensors: Tensor, **options: Any) -> Tensor:
+    """flash-attn's output. A version that is installed but does not import fails here, so that a row says so."""
+    o = importlib.import_module(FLASH_MODULES[version]).flash_attn_func(*tensors, **options)
+    return o[0] if isinstance(o, tuple) else o
 
 
 def flash_cases(x: Inputs, w: int | None) -> list[Case]:
     """Causal attention of flash-attn, dense or with a window."""
     inputs = (x.q, *x.kv["slc" if w is None else "win"])
-    limits = {} if w is None else {"window_size": (w - 1, 0)}
+    limits: Any = {} if w is None else {"window_size": (w - 1, 0)}
     work = attention_work(inputs, dense_pairs(x) if w is None else x.pairs("win"))
-
-    def run(function: Callable[..., Any]) -> Tensor:
-        o = function(*inputs, causal=True, **limits)
-        return o[0] if isinstance(o, tuple) else o
 
     return [
         Case(
-            "dense" if w is None else "window", name, partial(run, function), work, inputs,
+            "dense" if w is None else "window", name, partial(function, *inputs, causal=True, **limits), work, inputs,
             partial(window_oracle, x, x.t if w is None else w), ours=False,
         )
         for name, function in flash_attn(x).items()

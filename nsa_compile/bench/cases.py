@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nsa_compile.bench.options import DTYPES, Options
 from nsa_compile.custom_ops.block_choice import select_blocks
 from nsa_compile.custom_ops.compression import compress_mean, compressed_attention
-from nsa_compile.custom_ops.dispatch import FLASH_OPS, choose_attention, resolve_impl
+from nsa_compile.custom_ops.dispatch import FLASH_OPS, beside_flash, choose_attention, resolve_impl
 from nsa_compile.custom_ops.gating import gated_sum
 from nsa_compile.custom_ops.nsa import nsa_attention
 from nsa_compile.custom_ops.registration import causal_pairs, compressed_pairs
@@ -25,6 +25,8 @@ OPS = {
     "selected": "selected_attention", "window": "window_attention", "gated_sum": "gated_sum",
     "decode": "decode_attention",
 }  # fmt: skip
+WHOLE = tuple(op for what, op in OPS.items() if what != "decode")
+"""Ops of `nsa_attention` and of what leads to it."""
 SPOT = 32
 """Queries of a row that are compared with the reference, at each of three places."""
 TOLERANCE = {
@@ -214,10 +216,11 @@ class Inputs:
     def chosen(self, impl: str) -> Tensor:
         """The blocks that `nsa_attention` selects."""
         if impl not in self._chosen:
+            other = beside_flash(impl)
             with torch.no_grad():
-                k, v = (compress_mean(x, **self.mean, impl=impl) for x in self.kv["cmp"])
+                k, v = (compress_mean(x, **self.mean, impl=other) for x in self.kv["cmp"])
                 lse = compressed_attention(self.q, k, v, **self.mean, impl=impl)[1]
-                self._chosen[impl] = select_blocks(self.q, k, lse, **self.sizes, impl=impl)
+                self._chosen[impl] = select_blocks(self.q, k, lse, **self.sizes, impl=other)
         return self._chosen[impl]
 
     @cached_property
@@ -294,12 +297,15 @@ def resolved_impl(x: Inputs, op: str, impl: str) -> str:
 
 
 def implementations(x: Inputs, *ops: str) -> list[tuple[str, str]]:
-    """(asked, what it resolves to) of the wanted implementations that all of these ops have here."""
+    """(asked, what it resolves to) of the wanted implementations that all of these ops have here.
+
+    Several ops are the whole attention, in which "flash" means "auto" for the ops that flash-attn does not have.
+    """
     wanted = x.options.impls
     found: dict[str, str] = {}
     for impl in wanted or (("auto", "flash") if x.device.type == "cuda" else ("auto",)):
         try:
-            resolved = dict.fromkeys(resolved_impl(x, op, impl) for op in ops)
+            resolved = dict.fromkeys(resolved_impl(x, op, impl_in(ops, op, impl)) for op in ops)
         except ValueError:
             continue
         runs = " + ".join(resolved)
@@ -308,20 +314,28 @@ def implementations(x: Inputs, *ops: str) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def check_impls(options: Options) -> None:
-    """Raise ValueError for an implementation that none of the ops to time has here."""
-    width = max(options.d_k, options.d_v)
-    ops = [op for what, op in OPS.items() if what in options.what or "nsa" in options.what]
+def impl_in(ops: Sequence[str], op: str, impl: str) -> str:
+    """What an implementation of some ops together means for one of them."""
+    return beside_flash(impl) if len(ops) > 1 and op not in FLASH_OPS else impl
+
+
+def check_impls(options: Options) -> list[str]:
+    """What will not be timed as asked, and why. Raises ValueError for an implementation that nothing to time has."""
+    width, left_out = max(options.d_k, options.d_v), []
     for impl in options.impls or ():
         refused = []
-        for op in ops:
+        for what in options.what:
+            ops = (OPS[what],) if what in OPS else WHOLE
             for dtype in options.dtypes:
                 try:
-                    resolve_impl(op, impl, options.device, DTYPES[dtype], width)
+                    for op in ops:
+                        resolve_impl(op, impl_in(ops, op, impl), options.device, DTYPES[dtype], width)
                 except ValueError as error:
-                    refused.append(error)
-        if len(refused) == len(ops) * len(options.dtypes):
-            raise refused[0]
+                    refused.append((f"{what} by {impl} in {dtype}: {error}", error))
+        if len(refused) == len(options.what) * len(options.dtypes):
+            raise refused[0][1]
+        left_out += [line for line, _ in refused]
+    return left_out
 
 
 def compress_cases(x: Inputs) -> list[Case]:
@@ -451,7 +465,7 @@ def nsa_cases(x: Inputs) -> list[Case]:
     inputs = (x.q, x.gates, *x.kv["cmp"], *slc, *win)
 
     def run(impl: str) -> Tensor:
-        k_cmp, v_cmp = (compress_mean(y, **x.mean, impl=impl) for y in x.kv["cmp"])
+        k_cmp, v_cmp = (compress_mean(y, **x.mean, impl=beside_flash(impl)) for y in x.kv["cmp"])
         return nsa_attention(x.q, k_cmp, v_cmp, *slc, *win, x.gates, **x.sizes | {"w": o.w, "impl": impl})
 
     def oracle(impl: str, part: slice, q: Tensor, gates: Tensor, *kv: Tensor) -> Tensor:
@@ -467,8 +481,7 @@ def nsa_cases(x: Inputs) -> list[Case]:
         return gated_sum(*branches, gates, impl="reference")
 
     cases = []
-    ops = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention")
-    for impl, runs in implementations(x, *ops, "gated_sum"):
+    for impl, runs in implementations(x, *WHOLE):
         pairs = x.pairs("cmp") + x.pairs("win") + x.pairs("slc", x.chosen(impl))
         choice = 2 * x.pairs("cmp") * o.d_k
         out = o.batch * x.t * x.n * o.d_v * x.q.element_size()

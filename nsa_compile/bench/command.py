@@ -20,6 +20,7 @@ from nsa_compile.bench.report import (
     find_thresholds,
     lost,
     make_record,
+    prepare_folder,
     read_record,
     say_comparison,
     say_failures,
@@ -29,10 +30,7 @@ from nsa_compile.bench.report import (
     write_thresholds,
 )
 from nsa_compile.options import find_device, free_folder
-from nsa_compile.terminal import (
-    one_thread,
-    progress_bar,
-)  # fmt: skip
+from nsa_compile.terminal import one_thread, progress_bar
 
 
 def size_option(name: str, help: str) -> Any:
@@ -93,13 +91,18 @@ def bench_command(
 
     Every result is compared with the reference before it is timed; a wrong one is not timed, and the exit code is 1.
     The floor of a row is what its products take at the rate of a large matrix product, or its bytes, read and written
-    once, at that of a large copy, both measured in the same rounds. On a CPU one thread works, at small sizes.
+    once, at that of a large copy or sum, all measured in the same rounds. MiB are those that a call needs besides its
+    inputs. On a CPU one thread works, at small sizes; what stays in its caches may be faster than such a floor.
     """
     console = Console(markup=False, highlight=False)
     target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = impl
     if threshold:
         if len(heads or ()) > 1 or len(dtype or ()) > 1:
             raise ValueError("threshold: expected one number of heads and one type, got several")
+        for name, given in (("--plot", plot), ("--beside", beside not in (None, ["none"]))):
+            if given:
+                raise ValueError(f"threshold: expected it without {name}, got both")
         what, beside = what or [x for x in bench_options.WHAT if x not in ("nsa", "decode")], ["none"]
         tokens, impl = tokens or bench_options.doublings(target.type), impl or ["triton", "flash", "reference"]
     options = bench_options.Options.on(
@@ -107,14 +110,16 @@ def bench_command(
         n_sel=n_sel, w=w, dtypes=dtype, batch=batch, backward=backward, repeats=repeats, impls=impl,
         beside=[] if beside == ["none"] else beside,
     )  # fmt: skip
-    if impl is not None and not threshold:
-        check_impls(options)
+    left_out = check_impls(options) if asked else []
     if plot and not can_plot():
         raise ValueError("plot: expected matplotlib, which pip install 'nsa-compile[bench]' brings, got none")
     old = None if against is None else read_record(against)
     if old is not None:
-        check_comparable(old, device_name(target), options.dtypes)
+        check_comparable(old, device_name(target), options)
     folder = out or free_folder("nsa-bench")
+    prepare_folder(folder)
+    for line in left_out:
+        console.print(f"left out: {line}", soft_wrap=True)
     with one_thread() if target.type == "cpu" else nullcontext(), progress_bar(console, "bench") as progress:
         if threshold:
             rows = run_bench(options, progress, lambda case, t, rows: not lost(case.op, case.impl, t, rows))
@@ -134,6 +139,9 @@ def bench_command(
             *(plot_record(record, folder) if plot or (plot is None and can_plot()) else ()),
         ]
     console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+    if not any(row["ours"] and row["status"] == "ok" for row in rows):
+        console.print("nothing of ours could be timed", style="bold red")
+        fine = False
     if plot is None and not can_plot():
         console.print("no pictures: pip install 'nsa-compile[bench]' brings matplotlib")
     if old is not None:

@@ -124,7 +124,7 @@ def dense_decode_cases(x: Inputs, cold_bytes: int) -> list[Case]:
     functions: dict[str, Callable[..., Any]] = {
         name: partial(sdpa, backend, causal=False) for name, backend in sdpa_backends(x).items()
     }
-    functions |= {name: partial(flash_decode, function) for name, function in flash_attn(x).items()}
+    functions |= {name: partial(function, causal=False) for name, function in flash_attn(x).items()}
     if not functions:
         return []
     caches = [
@@ -154,9 +154,3 @@ def dense_decode_cases(x: Inputs, cold_bytes: int) -> list[Case]:
             )
         )  # fmt: skip
     return cases
-
-
-def flash_decode(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """flash-attn of one query over all keys."""
-    o = function(q, k, v, causal=False)
-    return o[0] if isinstance(o, tuple) else o

@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_compile.bench.beside import alternatives
 from nsa_compile.bench.cases import BUILDERS, Case, Inputs, Sampled, Work, as_tuple
 from nsa_compile.bench.decode import decode_cases, dense_decode_cases
-from nsa_compile.bench.options import DTYPES, Options
+from nsa_compile.bench.options import DTYPES, FIXED, Options
 
 FORWARD, BOTH = "forward", "forward+backward"
 LONGEST_SLEEP = 100_000_000
@@ -26,7 +26,7 @@ Progress = Callable[[str, float], None]
 
 
 class Rates(NamedTuple):
-    """The most the device reached, in the rounds of one size, at a large matrix product and at a large copy."""
+    """The most the device reached, in the rounds of one size, at a large matrix product and at passes over memory."""
 
     flops: float
     bytes: float
@@ -201,8 +201,8 @@ def measure_size(
         if number == 0:  # warm-up in the order of the others
             for timed in timeds:
                 timed.ms.clear()
-    product, copy = (min(timed.ms) / 1000 for timed in ceiling)
-    rates = Rates(ceiling_flops(clock.cuda) / product, 2 * ceiling_bytes(clock.cuda) / copy)
+    product, *passes = (min(timed.ms) / 1000 for timed in ceiling)
+    rates = Rates(ceiling_flops(clock.cuda) / product, ceiling_bytes(clock.cuda) / min(passes))
     for row, timed, work in running:
         if row["status"] == "ok":
             row |= result(timed, work, rates)
@@ -290,18 +290,25 @@ def ceiling_flops(cuda: bool) -> int:
 
 
 def ceiling_bytes(cuda: bool) -> int:
-    """Bytes of the tensor whose copy is the ceiling of bandwidth: far more than any cache holds."""
-    return 2**30 if cuda else 2**25
+    """Bytes that a pass over memory reads and writes for the ceiling of bandwidth: more than caches hold."""
+    return 2**31 if cuda else 2**28
 
 
-def ceilings(clock: Clock, dtype: torch.dtype) -> tuple[Timed, Timed]:
-    """A large matrix product and a large copy."""
+def ceilings(clock: Clock, dtype: torch.dtype) -> tuple[Timed, Timed, Timed]:
+    """A large matrix product, a large copy, and a large sum that reads three times what it writes.
+
+    Memory may read faster than it writes, so that a copy alone is no bound for what mostly reads.
+    """
     n = round((ceiling_flops(clock.cuda) / 2) ** (1 / 3))
     generator = torch.Generator(clock.device).manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator, device=clock.device, dtype=dtype) for _ in range(2))
-    product, source = torch.empty_like(a), torch.zeros(ceiling_bytes(clock.cuda), dtype=torch.int8, device=clock.device)
-    target = torch.empty_like(source)
-    return Timed(lambda: torch.mm(a, b, out=product)), Timed(lambda: target.copy_(source))
+    product, memory = torch.empty_like(a), torch.zeros(ceiling_bytes(clock.cuda) // 4, device=clock.device)
+    (source, target), (x, y, z, out) = memory.chunk(2), memory.chunk(4)
+    return (
+        Timed(lambda: torch.mm(a, b, out=product)),
+        Timed(lambda: target.copy_(source)),
+        Timed(lambda: torch.addcmul(x, y, z, out=out)),
+    )
 
 
 def result(timed: Timed, works: list[Work], rates: Rates) -> dict[str, Any]:
@@ -326,8 +333,7 @@ def describe(
     options: Options, tokens: int, heads: int, dtype: str, what: str, impl: str, name: str, ours: bool
 ) -> dict[str, Any]:
     """What a row is about."""
-    fixed = ("batch", "groups", "d_k", "d_v", "l", "d", "l_sel", "n_sel", "w")
     return {
         "what": what, "impl": impl, "pass": name, "tokens": tokens, "heads": heads, "dtype": dtype,
-        **{key: getattr(options, key) for key in fixed}, "ours": ours,
+        **{key: getattr(options, key) for key in FIXED}, "ours": ours,
     }  # fmt: skip

@@ -12,6 +12,8 @@ from nsa_compile.custom_ops.dispatch import IMPLS
 WHAT = ("compress", "compressed", "choice", "selected", "window", "gated_sum", "nsa", "decode")
 BESIDE = ("sdpa", "flex", "flash-attn")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FIXED = ("batch", "groups", "d_k", "d_v", "l", "d", "l_sel", "n_sel", "w")
+"""Sizes of which a run has one each."""
 ON_CUDA: dict[str, Any] = {"tokens": (8192, 32768, 65536), "repeats": 20, "dtypes": ("bf16",), "beside": BESIDE}
 ON_CPU: dict[str, Any] = {
     "tokens": (256, 512), "repeats": 5, "dtypes": ("fp32",), "beside": ("sdpa",), "heads": (4,), "groups": 2,

@@ -150,15 +150,28 @@ def draw_times(rows: list[Row]) -> Any:
     return figure
 
 
+def shown_impl(rows: list[Row], what: str) -> str | None:
+    """The implementation of ours that a picture is of: "auto", else the first that was asked for; None if none ran."""
+    timed = [row["impl"] for row in rows if row["what"] == what]
+    return "auto" if "auto" in timed else next(iter(timed), None)
+
+
+def by(impl: str | None) -> str:
+    """An implementation in a title, where it is not the usual one."""
+    return "" if impl in ("auto", None) else f" by {impl}"
+
+
 def draw_speedups(rows: list[Row]) -> Any:
     """How many times as fast as each dense attention the whole is, and a decode step."""
     panels = []
     for what, dense, title in (("nsa", "dense", "Whole attention"), ("decode", "dense decode", "A decode step")):
+        impl = shown_impl(rows, what)
+        title += by(impl)
         for name in PASSES:
             gained = [
                 other | {"gain": gain}
                 for mine, other, gain in speedups(rows, what, dense)
-                if mine["impl"] == "auto" and mine["pass"] == name
+                if mine["impl"] == impl and mine["pass"] == name
             ]
             if gained:
                 panels.append((title if what == "decode" else f"{title}, {name.replace('+', ' + ')}", gained))
@@ -186,13 +199,13 @@ def draw_speedups(rows: list[Row]) -> Any:
 
 def draw_shares(rows: list[Row]) -> Any:
     """What each branch takes, timed alone, as a share of the whole."""
-    panels = []
+    panels, impl = [], shown_impl(rows, "nsa")
     for name in PASSES:
         bars = []
-        for whole in sorted((r for r in rows if r["what"] == "nsa" and r["impl"] == "auto"), key=lambda r: r["tokens"]):
+        for whole in sorted((r for r in rows if (r["what"], r["impl"]) == ("nsa", impl)), key=lambda r: r["tokens"]):
             parts = {
                 row["what"]: row["ms"] / whole["ms"] for row in rows
-                if row["impl"] == "auto" and row["tokens"] == whole["tokens"] and row["what"] in SHARES
+                if row["impl"] == impl and row["tokens"] == whole["tokens"] and row["what"] in SHARES
                 and row["pass"] == (name if row["what"] != "choice" else "forward")
             }  # fmt: skip
             if whole["pass"] == name and parts:
@@ -214,7 +227,7 @@ def draw_shares(rows: list[Row]) -> Any:
             left = [a + b for a, b in zip(left, width, strict=True)]
         axis.axvline(100, color="#333333", linewidth=1.0)
         axis.invert_yaxis()
-        axis.set_title(f"Branches timed alone, {name.replace('+', ' + ')}")
+        axis.set_title(f"Branches{by(impl)} timed alone, {name.replace('+', ' + ')}")
         axis.set_xlabel("% of nsa_attention's time")
         axis.grid(False, axis="y")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHARES), handlelength=1.2)

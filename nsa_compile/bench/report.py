@@ -7,7 +7,8 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nsa_compile.bench.options import FIXED, Options
+
 Row = dict[str, Any]
 Record = dict[str, Any]
 
+RECORD_FILE = "bench.json"
 FORMAT = 1
-KEY = (
-    "what", "impl", "pass", "tokens", "batch", "heads", "groups", "d_k", "d_v", "l", "d", "l_sel", "n_sel", "w",
-    "dtype",
-)  # fmt: skip
+KEY = ("what", "impl", "pass", "tokens", "heads", "dtype", *FIXED)
 """What makes two rows of different records the same."""
 PACKAGES = ("triton", "flash-attn-4", "flash-attn", "matplotlib")
 NOISE = 0.05
@@ -88,10 +89,19 @@ def git_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make a folder to write to. Raises ValueError where it holds a record, OSError where it cannot be made."""
+    if (folder / RECORD_FILE).exists():
+        raise ValueError(f"out: expected a folder without a {RECORD_FILE}, got {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # before the hours that a run may take
+        pass
+
+
 def write_record(record: Record, folder: Path) -> tuple[Path, Path]:
     """Write bench.json and bench.csv into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    as_json, as_csv = folder / "bench.json", folder / "bench.csv"
+    as_json, as_csv = folder / RECORD_FILE, folder / "bench.csv"
     as_json.write_text(json.dumps(finite(record), indent=1) + "\n")
     names = list(dict.fromkeys(name for row in record["rows"] for name in row))
     with as_csv.open("w", newline="") as file:
@@ -114,20 +124,30 @@ def read_record(path: Path) -> Record:
     """A record that `write_record` left. Raises ValueError for any other file."""
     try:
         record = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"compare: expected a bench.json, got {path}: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or "rows" not in record:
-        raise ValueError(f"compare: expected a bench.json of format {FORMAT}, got {path}")
+        of_another_format = record["format"] != FORMAT
+        record["device"] + record["date"] + (record["commit"] or "")
+        timed = [(row["ms"], row["iqr_ms"]) for row in record["rows"] if row["status"] == "ok"]
+        whole = all(ms > 0 and iqr >= 0 for ms, iqr in timed) and all("ours" in row for row in record["rows"])
+        hash(tuple(map(key, record["rows"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"compare: expected a {RECORD_FILE}, got {path}: {type(error).__name__}: {error}") from error
+    if of_another_format or not whole:
+        raise ValueError(f"compare: expected a {RECORD_FILE} of format {FORMAT}, whole, got {path}")
     return record
 
 
-def check_comparable(old: Record, device: str, dtypes: Iterable[str]) -> None:
-    """Raise ValueError unless the record is of the same device and of one of the types."""
+def check_comparable(old: Record, device: str, options: Options) -> None:
+    """Raise ValueError unless the record is of the same device and has some of the sizes."""
     if old["device"] != device:
         raise ValueError(f"compare: expected a record of {device}, got one of {old['device']}")
-    measured = sorted({row["dtype"] for row in old["rows"]})
-    if not set(measured) & set(dtypes):
-        raise ValueError(f"compare: expected a record of {', '.join(dtypes)}, got one of {', '.join(measured)}")
+    wanted = {"dtype": options.dtypes, "tokens": options.tokens, "heads": options.heads}
+    rows = old["rows"]
+    for name, values in (wanted | {name: (getattr(options, name),) for name in FIXED}).items():
+        measured = {row[name] for row in rows}
+        rows = [row for row in rows if row[name] in values]
+        if not rows:
+            expected, got = (", ".join(sorted(map(str, x))) for x in (values, measured))
+            raise ValueError(f"compare: expected a record of {name} {expected}, got one of {got}")
 
 
 def key(row: Row) -> tuple:
@@ -172,7 +192,7 @@ def compare(old: Record, new: Record) -> list[Row]:
 
 
 def say_comparison(console: Console, old: Record, changes: list[Row]) -> bool:
-    """Print what changed; whether nothing of ours got slower or broke."""
+    """Print what changed; whether there was something to compare, and nothing of ours got slower or broke."""
     state = old["date"] if old["commit"] is None else f"{old['commit'][:12]}, {old['date']}"
     table = Table("case", "by", "pass", "T", "old ms", "new ms", "change", "noise", title=f"beside {state}")
     for row in changes:
@@ -194,6 +214,9 @@ def say_comparison(console: Console, old: Record, changes: list[Row]) -> bool:
         listed = [" ".join(map(str, key(row)[:4])) for row in changes if row["change"] == name]
         if listed:
             console.print(f"{name}: {'; '.join(listed)}", soft_wrap=True)
+    if all(row["change"] in ("new", "missing") for row in changes):
+        console.print("no case is in both records", style="bold red")
+        return False
     return not any(row["ours"] and row["change"] in ("slower", "broken") for row in changes)
 
 

@@ -68,8 +68,11 @@ STEP = 8
 
 
 def runs_step(impl: str, q: Tensor, v: Tensor, *, d: int, l_sel: int) -> bool:
-    """Whether `decode_attention` takes a step of queries q [b, t, n, d_k] with values v [b, t, g, d_v]."""
-    fits = q.shape[1] <= STEP and l_sel // d <= 64
+    """Whether `decode_attention` takes a step of queries q [b, t, n, d_k] with values v [b, t, g, d_v].
+
+    A launch has at most 65535 rows times tokens.
+    """
+    fits = q.shape[1] <= STEP and q.shape[0] * q.shape[1] <= 65535 and l_sel // d <= 64
     width = max(q.shape[-1], v.shape[-1])
     return fits and resolve_impl("decode_attention", impl, q.device, q.dtype, width).impl == "triton"
 

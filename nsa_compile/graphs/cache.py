@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_compile.custom_ops.decode import STEP, cache_append, cache_recall, cache_write
-from nsa_compile.ops.checks import values_are_visible
+from nsa_compile.ops.checks import FLOAT_DTYPES, check_int, check_ints, values_are_visible
 
 
 class LayerCache:
@@ -118,11 +118,14 @@ class NSACache:
             capacity: tokens per row, prompt and generated ones together.
             dtype, device: of keys and values; default those of the model's first floating-point parameter.
 
-        Raises: ValueError for sizes below 1 or a model without attention layers.
+        Raises: ValueError or TypeError for sizes below 1, a model without attention layers, or a type that is no float.
         """
-        for name, value in (("batch", batch), ("capacity", capacity)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_int("batch", batch)
+        check_int("capacity", capacity)
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
         modules = [m for m in model.modules() if hasattr(m, "cache_layout")]
         if not modules:
             raise ValueError(f"model: expected a module with attention layers, got {type(model).__name__} without any")
@@ -202,10 +205,11 @@ class NSACache:
         self.host_lengths = [length - count for length, count in zip(self.host_lengths, counts, strict=True)]
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Empty some rows, all by default; the others stay as they are. Raises ValueError for a row out of range."""
-        chosen = set(range(self.batch) if rows is None else rows)
-        for row in chosen:
-            self._check_row("rows", row)
+        """Empty some rows, all by default; the others stay as they are. End what decodes in them first.
+
+        Raises: ValueError or TypeError for what is no row.
+        """
+        chosen = set(range(self.batch) if rows is None else check_ints("rows", rows, 0, self.batch - 1))
         for layer in self.layers:
             if len(chosen) == self.batch:
                 layer.positions.zero_()
@@ -219,10 +223,11 @@ class NSACache:
         """Replace a row by one of another cache of the same model, type, device and capacity, such as one of a single
         row that prompts are prefilled into while this one decodes. Nothing waits for the device.
 
-        Raises: ValueError naming the argument, before anything is written.
+        Raises: ValueError or TypeError naming the argument, before anything is written.
         """
-        self._check_row("row", row)
-        source._check_row("source_row", source_row)
+        check_int("row", row, 0, self.batch - 1)
+        check_cache("source", source)
+        check_int("source_row", source_row, 0, source.batch - 1)
         if len(source.layers) != len(self.layers) or any(
             (mine.dtype, mine.device, mine.shape[1:]) != (other.dtype, other.device, other.shape[1:])
             for mine, other in zip(self.tensors(), source.tensors(), strict=True)
@@ -238,11 +243,14 @@ class NSACache:
         self.host_lengths[row], self.host_peaks[row] = length, source.host_peaks[source_row]
 
     def _per_row(self, counts: int | Sequence[int]) -> list[int]:
-        counts = [counts] * self.batch if isinstance(counts, int) else list(counts)
-        if len(counts) != self.batch or min(counts) < 0:
-            raise ValueError(f"counts: expected {self.batch} numbers of at least 0, got {counts}")
-        return counts
+        numbers = check_ints("counts", [counts] * self.batch if isinstance(counts, int) else counts)
+        if len(numbers) != self.batch:
+            raise ValueError(f"counts: expected {self.batch} numbers, one per row, got {len(numbers)}")
+        return numbers
 
-    def _check_row(self, name: str, row: int) -> None:
-        if not 0 <= row < self.batch:
-            raise ValueError(f"{name}: expected 0 … {self.batch - 1}, got {row}")
+
+def check_cache(name: str, value: object) -> NSACache:
+    """Return `value` if it is a cache, else raise TypeError."""
+    if not isinstance(value, NSACache):
+        raise TypeError(f"{name}: expected an NSACache, got {type(value).__name__}")
+    return value

@@ -1,7 +1,8 @@
 """Work as one CUDA graph: run until nothing compiles or allocates any more, then captured."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ from torch import nn
 from torch._dynamo.eval_frame import innermost_backend
 
 WARM_UPS = 3
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Neither gradients nor inference mode, whatever the caller is in: work compiles once for all, and what is made
+    here may be written in any mode later.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def prepare(
@@ -22,15 +32,19 @@ def prepare(
 
     Raises: ValueError where a capture is wanted and cannot be.
     """
+    if not callable(model):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise TypeError(f"capture: expected None, True or False, got {wanted!r}")
     own = captures_itself(model)
     if wanted and (own or device.type != "cuda"):
         reason = "the model runs in CUDA graphs of its own" if own else f"the cache is on {device}"
         raise ValueError(f"capture: expected None or False ({reason}), got True")
-    with torch.no_grad():
+    with plain_tensors():
         if device.type != "cuda" or own or wanted is False:
             work()
             return work
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), autocast_without_cache():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -41,6 +55,13 @@ def prepare(
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 work()
     return graph.replay
+
+
+def autocast_without_cache() -> Any:
+    """The autocast in force, but for casts that it keeps: a captured graph would read them after they are freed."""
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cuda", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False)
 
 
 def new_pool(device: torch.device) -> Any:

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from nsa_compile.custom_ops.decode import STEP
-from nsa_compile.graphs.cache import NSACache
-from nsa_compile.graphs.capture import new_pool, prepare
+from nsa_compile.graphs.cache import NSACache, check_cache
+from nsa_compile.graphs.capture import new_pool, plain_tensors, prepare
+from nsa_compile.ops.checks import check_int, check_tensor, values_are_visible
 from nsa_compile.ops.sampling import check_sampling, sample
 
 LOG = 64
@@ -52,6 +53,9 @@ class DecodeGraph:
     With `drafts`, a step verifies that many guessed tokens per row besides: those that equal what would have been drawn
     are taken, so a step yields 1 … drafts + 1 tokens, the same ones that steps without drafts yield.
 
+    The weights of a layer's projections are laid one after the other in memory (`pack_projections`), so that a step
+    takes them in one product; they stay the parameters they were.
+
     Where nothing can be captured (on a CPU, or a model compiled with `mode="reduce-overhead"`), a step is a call of the
     model.
 
@@ -62,29 +66,32 @@ class DecodeGraph:
         drafts: guessed tokens per row and step, 0 … 7.
         capture: False to go without a CUDA graph; default: with one where possible.
 
-    Raises: ValueError naming the argument, what was expected and what came.
+    Raises: ValueError or TypeError naming the argument, what was expected and what came.
     """
 
     def __init__(self, model: nn.Module, cache: NSACache, *, drafts: int = 0, capture: bool | None = None) -> None:
-        if not 0 <= drafts < STEP:
-            raise ValueError(f"drafts: expected 0 … {STEP - 1}, got {drafts}")
-        self.model, self.cache, self.width = model, cache, drafts + 1
+        check_int("drafts", drafts, 0, STEP - 1)
+        self.model, self.cache, self.width = model, check_cache("cache", cache), drafts + 1
+        for module in cache.modules:
+            if hasattr(module, "pack_projections"):
+                cast(Any, module).pack_projections()
         self._device = device = cache.positions.device
         b = cache.batch
-        self._token = torch.zeros(b, dtype=torch.int64, device=device)
-        self._drafts = torch.full((b, drafts), NONE, dtype=torch.int64, device=device)
-        self._active = torch.zeros(b, dtype=torch.bool, device=device)
-        self._limit = torch.zeros(b, dtype=torch.int32, device=device)
-        self._stop_token = torch.full((b,), NONE, dtype=torch.int64, device=device)
-        self._temperature = torch.zeros(b, dtype=torch.float32, device=device)
-        self._top_p = torch.ones(b, dtype=torch.float32, device=device)
-        self._seed = torch.zeros(b, dtype=torch.int64, device=device)
-        self._log = torch.full((LOG, b, self.width), NONE, dtype=torch.int64, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._host_log = torch.empty_like(self._log, device="cpu", pin_memory=device.type == "cuda")
+        with plain_tensors():
+            self._token = torch.zeros(b, dtype=torch.int64, device=device)
+            self._drafts = torch.full((b, drafts), NONE, dtype=torch.int64, device=device)
+            self._active = torch.zeros(b, dtype=torch.bool, device=device)
+            self._left = torch.zeros(b, dtype=torch.int32, device=device)
+            self._stop_token = torch.full((b,), NONE, dtype=torch.int64, device=device)
+            self._temperature = torch.zeros(b, dtype=torch.float32, device=device)
+            self._top_p = torch.ones(b, dtype=torch.float32, device=device)
+            self._seed = torch.zeros(b, dtype=torch.int64, device=device)
+            self._log = torch.full((LOG, b, self.width), NONE, dtype=torch.int64, device=device)
+            self._step = torch.zeros(1, dtype=torch.int64, device=device)
+            self._host_log = torch.empty_like(self._log, device="cpu", pin_memory=device.type == "cuda")
         self._rows: dict[int, _Row] = {}
         self._unread = 0
-        self._vocab_size = 0  # from the warm-up on
+        self.vocab_size = 0  # from the warm-up on
         self._replays: dict[bool, Callable[[], None]] = {}
         pool = new_pool(device)
         for sampled in (False, True):
@@ -103,21 +110,30 @@ class DecodeGraph:
         """Let an idle row decode from the next step on.
 
         Args:
-            row: of the cache, which holds the prompt but for its last token.
+            row: of the cache, which holds the prompt but for its last token, as counted by the cache's `reserve` or by
+                what calls it: `PrefillGraph`, `copy_row`.
             token: the prompt's last token.
             max_new_tokens: tokens to draw at most.
             temperature, top_p, seed: as in `sample`.
             stop_token: the id that ends the row.
 
-        Raises: ValueError before anything is written, also if prompt and new tokens would pass the capacity.
+        Raises: ValueError or TypeError before anything is written, also if prompt and new tokens would pass the
+            capacity.
         """
+        check_int("row", row, 0)
         if row not in self.idle:
             raise ValueError(f"row: expected one of the idle rows {self.idle}, got {row}")
-        if not 0 <= token < self._vocab_size:
-            raise ValueError(f"token: expected a token id in 0 … {self._vocab_size - 1}, got {token}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        check_int("token", token, 0, self.vocab_size - 1)
+        check_int("max_new_tokens", max_new_tokens)
+        if stop_token is not None:
+            check_int("stop_token", stop_token, 0, self.vocab_size - 1)
         length = self.cache.host_lengths[row] + 1
+        positions = self.cache.positions
+        if values_are_visible(positions) and positions[row] != length - 1:
+            raise ValueError(
+                f"row: expected {length - 1} tokens in row {row} of the cache, as it was told by reserve, "
+                f"got {positions[row].item()}"
+            )
         if length + max_new_tokens > self.cache.capacity:
             raise ValueError(
                 f"max_new_tokens: expected what row {row} holds and max_new_tokens = {max_new_tokens} to be at most "
@@ -126,7 +142,7 @@ class DecodeGraph:
         check_sampling(temperature=temperature, top_p=top_p, seed=seed)
         stop_token = NONE if stop_token is None else stop_token
         values = (
-            (self._token, token), (self._limit, length + max_new_tokens), (self._stop_token, stop_token),
+            (self._token, token), (self._left, max_new_tokens), (self._stop_token, stop_token),
             (self._temperature, temperature), (self._top_p, top_p), (self._seed, seed), (self._active, True),
         )  # fmt: skip
         for tensor, value in values:
@@ -135,6 +151,7 @@ class DecodeGraph:
 
     def cancel(self, row: int) -> None:
         """End a row that decodes; `collect` gives what it has drawn. Its cache holds all of its tokens but the last."""
+        check_int("row", row, 0)
         if row not in self._rows:
             raise ValueError(f"row: expected one of the decoding rows {sorted(self._rows)}, got {row}")
         self._drain()
@@ -146,21 +163,35 @@ class DecodeGraph:
 
         drafts: int64 [b, drafts] on the cache's device, the tokens guessed to follow each row's last one in the first
             of these steps; -1, the default, where nothing is guessed.
+
+        Raises: ValueError or TypeError before anything is written.
         """
+        check_int("n", n, 0)
         if drafts is not None:
-            if drafts.shape != self._drafts.shape or drafts.dtype != torch.int64 or drafts.device != self._device:
+            if (
+                check_tensor("drafts", drafts).shape != self._drafts.shape
+                or drafts.dtype != torch.int64
+                or drafts.device != self._device
+            ):
                 raise ValueError(
                     f"drafts: expected int64 {tuple(self._drafts.shape)} on {self._device}, "
                     f"got {drafts.dtype} {tuple(drafts.shape)} on {drafts.device}"
                 )
+            if (
+                values_are_visible(drafts)
+                and drafts.numel()
+                and not -1 <= drafts.min() <= drafts.max() < self.vocab_size
+            ):
+                low, high = (int(x) for x in drafts.aminmax())
+                raise ValueError(f"drafts: expected values in -1 … {self.vocab_size - 1}, got {low} … {high}")
             self._drafts.copy_(drafts)
         replay = self._replays[any(row.sampled for row in self._rows.values())]
-        for _ in range(n):
-            if self._unread == LOG:
-                self._drain()
-            self._unread += 1
-            with torch.no_grad():
+        with plain_tensors():
+            for _ in range(n):
+                if self._unread == LOG:
+                    self._drain()
                 replay()
+                self._unread += 1
 
     def collect(self) -> list[RowUpdate]:
         """Wait for the steps made and return what each decoding row has drawn since the last look."""
@@ -197,10 +228,11 @@ class DecodeGraph:
         """One step on the device."""
         m, positions = self.width, self.cache.positions
         start = positions.clone()  # of each row's last token; the first one drawn stands after it
-        count = torch.where(self._active, (self._limit - 1 - start).clamp_max(m), 0)
-        ids = torch.cat((self._token[:, None], self._drafts.clamp_min(0)), 1)
+        count = torch.where(self._active, self._left.clamp_max(m), 0)
+        guesses = self._drafts.clamp(0, max(0, self.vocab_size - 1))  # an id that does not exist is a wrong guess
+        ids = torch.cat((self._token[:, None], guesses), 1)
         logits = self.model(ids, cache=self.cache, lengths=count, last_only=m == 1)
-        self._vocab_size = logits.shape[-1]
+        self.vocab_size = logits.shape[-1]
         offset = torch.arange(m, device=self._device)
         drawn = self._draw(logits, start[:, None] + 1 + offset, sampled)
 
@@ -217,7 +249,8 @@ class DecodeGraph:
             self._drafts.fill_(NONE)
         last = drawn.gather(1, (n - 1).clamp_min(0)[:, None])[:, 0]
         self._token.copy_(torch.where(self._active, last, self._token))
-        self._active.logical_and_((start + n + 1 < self._limit) & ~(taken & stops).any(1))
+        self._left.sub_(n)
+        self._active.logical_and_((self._left > 0) & ~(taken & stops).any(1))
         self._log.index_copy_(0, self._step, torch.where(taken, drawn, NONE)[None])
         self._step.add_(1)
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_compile.graphs.cache import NSACache
-from nsa_compile.graphs.capture import new_pool, prepare
+from nsa_compile.graphs.cache import NSACache, check_cache
+from nsa_compile.graphs.capture import new_pool, plain_tensors, prepare
+from nsa_compile.ops.checks import check_ints
 
 SIZES = (128, 512, 2048)
 
@@ -26,7 +27,7 @@ def prefill(model: nn.Module, rows: Sequence[Sequence[int]], cache: NSACache, *,
     """Append rows of token ids, not all of them empty, to a cache; returns the logits [b, vocab] after each row's last.
 
     `chunk` is the number of tokens of every call, padding included; by default that of the longest row. Goes without
-    gradients. Raises ValueError before anything is written if a row would pass the cache's capacity.
+    gradients. Raises ValueError or TypeError before anything is written if a row would pass the cache's capacity.
     """
     logits: Tensor | None = None
 
@@ -49,18 +50,20 @@ def _feed_chunks(
     vocab_size: int | None = None,
 ) -> None:
     """Hand out chunks of ids int64 [b, size] with their lengths int32 [b], on the cache's device."""
+    if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)):
+        raise TypeError(f"rows: expected a sequence of token ids per row, got {type(rows).__name__}")
+    rows = [check_ints("rows", row, 0, None if vocab_size is None else vocab_size - 1) for row in rows]
+    if len(rows) != cache.batch:
+        raise ValueError(f"rows: expected {cache.batch}, one per row of the cache, got {len(rows)}")
     device, lengths = cache.positions.device, [len(row) for row in rows]
     chunks = split_chunks(max(lengths), [min(size, cache.capacity) for size in sizes])
     padded = torch.zeros(len(rows), sum(chunks), dtype=torch.int64, pin_memory=device.type == "cuda")
     for ids, row in zip(padded, rows, strict=True):
-        ids[: len(row)] = torch.tensor(list(row), dtype=torch.int64)
-    if vocab_size is not None and padded.numel() and not 0 <= padded.min() <= padded.max() < vocab_size:
-        low, high = (int(x) for x in padded.aminmax())
-        raise ValueError(f"rows: expected token ids in 0 … {vocab_size - 1}, got {low} … {high}")
+        ids[: len(row)] = torch.tensor(row, dtype=torch.int64)
     cache.reserve(lengths)
     padded = padded.to(device, non_blocking=True)
     left = torch.tensor(lengths, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    with torch.no_grad():
+    with plain_tensors():
         for ids in padded.split(chunks, dim=1):
             here = left.clamp(0, ids.shape[1])
             feed(ids.contiguous(), here)
@@ -79,24 +82,25 @@ class PrefillGraph:
         sizes: tokens of the chunks. A prompt is cut into them, the last one padded.
         capture: False to go without CUDA graphs; default: with them where possible.
 
-    Raises: ValueError naming the argument.
+    Raises: ValueError or TypeError naming the argument.
     """
 
     def __init__(
         self, model: nn.Module, cache: NSACache, *, sizes: Sequence[int] = SIZES, capture: bool | None = None
     ) -> None:
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"sizes: expected numbers of at least 1, got {sizes}")
-        self.model, self.cache = model, cache
-        self.sizes = sorted({min(size, cache.capacity) for size in sizes})
+        self.model, self.cache = model, check_cache("cache", cache)
+        self.sizes = sorted({min(size, cache.capacity) for size in check_ints("sizes", sizes, 1)})
+        if not self.sizes:
+            raise ValueError("sizes: expected at least 1, got none")
         self.logits: Tensor | None = None  # from the warm-up on
         self._device = cache.positions.device
         pool = new_pool(self._device)
         self._runs = {size: self._prepare(size, capture, pool) for size in reversed(self.sizes)}
 
     def _prepare(self, size: int, wanted: bool | None, pool: Any) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        ids = torch.zeros(self.cache.batch, size, dtype=torch.int64, device=self._device)
-        lengths = torch.zeros(self.cache.batch, dtype=torch.int32, device=self._device)
+        with plain_tensors():
+            ids = torch.zeros(self.cache.batch, size, dtype=torch.int64, device=self._device)
+            lengths = torch.zeros(self.cache.batch, dtype=torch.int32, device=self._device)
 
         def run() -> None:
             new = self.model(ids, cache=self.cache, lengths=lengths, last_only=True)[:, 0]
@@ -112,8 +116,8 @@ class PrefillGraph:
         Returns: logits [b, vocab] after each row's last token, those of before for a row without one; the next call
         writes into the same tensor.
 
-        Raises: ValueError before anything is written for ids that the model does not know, or if a row would pass the
-            cache's capacity.
+        Raises: ValueError or TypeError before anything is written for ids that the model does not know, or if a row
+            would pass the cache's capacity.
         """
         assert self.logits is not None
         _feed_chunks(rows, self.cache, self.sizes, self._run, self.logits.shape[-1])

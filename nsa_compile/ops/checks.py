@@ -1,6 +1,6 @@
 """Argument checks shared by the public functions: shapes and types always, values only where the host can see them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import torch
@@ -51,12 +51,25 @@ def check_heads(n: int, g: int) -> None:
         raise ValueError(f"q: expected a number of heads divisible by the {g} key/value heads, got {n}")
 
 
-def check_int(name: str, value: object, minimum: int = 1) -> None:
-    """Check a size given as a Python int (or a traced one)."""
+def check_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:
+    """Check a number given as a Python int (or a traced one)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+        raise TypeError(f"{name}: expected an int, got {value if isinstance(value, bool) else type(value).__name__}")
+    if value < minimum or (maximum is not None and value > maximum):
+        expected = f"at least {minimum}" if maximum is None else f"{minimum} … {maximum}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_ints(name: str, values: object, minimum: int = 0, maximum: int | None = None) -> list[int]:
+    """Return several Python ints as a list, each checked as by `check_int`."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise TypeError(f"{name}: expected ints, got {type(values).__name__}")
+    numbers = list(values)
+    fine = {*map(type, numbers)} <= {int}  # a prompt is long
+    if not fine or (numbers and (min(numbers) < minimum or (maximum is not None and max(numbers) > maximum))):
+        for value in numbers:
+            check_int(name, value, minimum, maximum)
+    return numbers
 
 
 def check_blocks(*, l: int, d: int, l_sel: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """The command `nsa-compile profile`."""
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +15,7 @@ from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import Attention, Compile, DType, find_device, free_folder
 from nsa_compile.profile.run import MODES, TENSORBOARD, TRACE_FILE, ProfileConfig, default_sizes, run_profile
 from nsa_compile.profile.summary import diff, load_summary, say_diff, say_profile
-from nsa_compile.terminal import (
-    can_compile,
-    one_thread,
-)  # fmt: skip
+from nsa_compile.terminal import can_compile, one_thread
 
 SIZES_SHOWN = "small on a CPU, the paper's on CUDA"
 Size = Annotated[int | None, typer.Option(show_default=SIZES_SHOWN)]
@@ -84,7 +82,8 @@ def profile_command(
         raise ValueError(f"mode: expected one of {', '.join(MODES)} (or --diff A B), got {mode!r}")
     target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = target.type == "cuda"
-    tokens = tokens or ((65536 if mode == "decode" else 8192) if cuda else 256)
+    if tokens is None:
+        tokens = (65536 if mode == "decode" else 8192) if cuda else 256
     config = ProfileConfig(
         mode=mode, batch=batch, tokens=tokens, dtype=(dtype or (DType.bf16 if cuda else DType.fp32)).value,
         compile=compile and can_compile(console, str(target)), graph=graph, wait=wait, warmup=warmup, active=active,
@@ -109,5 +108,6 @@ def profile_command(
         summary = run_profile(make_model, config, target, out)
     say_profile(console, summary)
     console.print(f"{out / TRACE_FILE}: open it in https://ui.perfetto.dev", soft_wrap=True)
-    console.print(f"{out / TENSORBOARD}: tensorboard --logdir {out / TENSORBOARD}", soft_wrap=True)
+    install = "" if find_spec("torch_tb_profiler") else ", after pip install 'nsa-compile[profile]'"
+    console.print(f"{out / TENSORBOARD}: tensorboard --logdir {out / TENSORBOARD}{install}", soft_wrap=True)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}", soft_wrap=True)

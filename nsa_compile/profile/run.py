@@ -127,7 +127,7 @@ def run_profile(
         path = _trace_steps(work, config, device, out)
     summary = {
         **_describe(built.config, config, device),
-        **summarize(analyze(read_events(path)), extra_costs=work.costs()),
+        **summarize(analyze(read_events(path)), extra_costs=work.costs(), from_start=config.mode == "prefill"),
         "memory": memory,
     }
     summary["tokens_per_s"] = 1000 * work.tokens_per_step / summary["step_ms"]

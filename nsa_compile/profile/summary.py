@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -21,6 +22,8 @@ from nsa_compile.profile.trace import OPS, OpCall, Trace
 SUMMARY_FILE = "summary.json"
 PHASES = ("forward", "backward", "update")
 TOP = 10
+STEP = ("step_ms", "host_ms", "busy_ms", "gap_ms", "launches", "host_launches")
+"""Numbers of a step that are compared."""
 TYPES = {
     "double": torch.float64, "float": torch.float32, "c10::BFloat16": torch.bfloat16, "c10::Half": torch.float16,
     "long int": torch.int64, "long": torch.int64, "int": torch.int32, "bool": torch.bool, "unsigned char": torch.uint8,
@@ -37,10 +40,12 @@ class Cost(NamedTuple):
     """Of its inputs and outputs, each once; without buffers that it writes into, such as a cache."""
 
 
-def summarize(trace: Trace, *, extra_costs: dict[str, Cost] | None = None) -> dict[str, Any]:
+def summarize(trace: Trace, *, extra_costs: dict[str, Cost] | None = None, from_start: bool = False) -> dict[str, Any]:
     """Numbers of a trace per step, times in milliseconds.
 
     `extra_costs` are those of one step for ops whose calls no trace shows, by the beginning of their kernels' names.
+    `from_start` says that every `q_start` was 0, which no trace shows: then queries see fewer keys than the buffers
+    have, and formulas count those.
     """
     n = len(trace.steps)
     elapsed, busy = trace.elapsed() / 1000 / n, trace.busy() / 1000 / n
@@ -63,7 +68,7 @@ def summarize(trace: Trace, *, extra_costs: dict[str, Cost] | None = None) -> di
         "launches": sum(row["launches"] for row in rows),
         "host_launches": sum(step.host_launches for step in trace.steps) / n,
         "parts": _sum_parts(rows),
-        "ops": _rate_ops(trace.calls, n) + _rate_kernels(rows, extra_costs or {}),
+        "ops": _rate_ops(trace.calls, n, from_start) + _rate_kernels(rows, extra_costs or {}),
         "kernels": rows,
     }
 
@@ -80,11 +85,11 @@ def _sum_parts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(parts.values(), key=lambda part: -part["ms"])
 
 
-def _rate_ops(calls: Iterable[OpCall], n: int) -> list[dict[str, Any]]:
+def _rate_ops(calls: Iterable[OpCall], n: int, from_start: bool) -> list[dict[str, Any]]:
     costs = cache(_cost_of)
     found: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
     for call in calls:
-        cost = costs(call.name, call.shapes, call.types, call.values)
+        cost = costs(call.name, call.shapes, call.types, call.values, from_start)
         for i, value in enumerate((1, call.us / 1000, cost.flops, cost.nbytes)):
             found[call.name][i] += value / n
     ops = [_rate(name, *values) for name, values in found.items()]
@@ -110,19 +115,22 @@ def _rate(name: str, calls: float, ms: float, flops: float, nbytes: float) -> di
 
 
 def _cost_of(
-    name: str, shapes: tuple[tuple[int, ...], ...], types: tuple[str, ...], values: tuple[str, ...]
-) -> Cost:  # fmt: skip
+    name: str, shapes: tuple[tuple[int, ...], ...], types: tuple[str, ...], values: tuple[str, ...], from_start: bool
+) -> Cost:
     """FLOPs by the formula registered for the op, bytes of its inputs and, from its fake, of its outputs."""
     if not types:  # a trace without shapes
         return Cost(0, 0)
     packet = getattr(torch.ops.nsa_compile, name.removeprefix(OPS))
     is_tensor = [kind in TYPES for kind in types]
     read = [_read_value(value) for value in values]
+    schema = packet.default._schema.arguments
     formula: Callable[..., int] | None = flop_registry.get(packet)
     flops = 0
     if formula is not None:
-        flops = formula(*(list(s) if t else v for s, t, v in zip(shapes, is_tensor, read, strict=True)), out_val=None)
-    schema = packet.default._schema.arguments
+        known = [list(s) if t else v for s, t, v in zip(shapes, is_tensor, read, strict=True)]
+        if from_start:
+            known = [None if a.name == "q_start" else x for a, x in zip(schema, known, strict=True)]
+        flops = formula(*known, out_val=None)
     given = [
         torch.empty(shape, dtype=TYPES[kind], device="meta") if tensor else value
         for shape, kind, tensor, value in zip(shapes, types, is_tensor, read, strict=True)
@@ -156,8 +164,8 @@ def load_summary(path: Path) -> dict[str, Any]:
     file = path / SUMMARY_FILE if path.is_dir() else path
     try:
         summary = json.loads(file.read_text())
-        summary["kernels"], summary["parts"], summary["step_ms"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        diff(summary, summary)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"diff: expected a folder of a profile or its {SUMMARY_FILE}, got {path}") from error
     return summary
 
@@ -179,10 +187,7 @@ def diff(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
             pairs.append(row)
         return sorted(pairs, key=lambda row: -abs(row["ms_change"]))
 
-    steps = {
-        name: {"a": a[name], "b": b[name], "change": b[name] - a[name]}
-        for name in ("step_ms", "host_ms", "busy_ms", "gap_ms", "launches", "host_launches")
-    }
+    steps = {name: {"a": a[name], "b": b[name], "change": b[name] - a[name]} for name in STEP}
     settings = [x.get("settings", {}) for x in (a, b)]
     changed = {
         name: [side.get(name) for side in settings]
@@ -204,22 +209,18 @@ def say_profile(console: Console, summary: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     phases = [phase for phase in PHASES if any(part[f"{phase}_ms"] for part in s["parts"])]
-    table = Table("part", "ms", "%", *(f"{phase} ms" for phase in phases), "launches", title="time per branch")
-    _justify(table, 1)
+    table = _table("time per branch", ("part",), ("ms", "%", *(f"{phase} ms" for phase in phases), "launches"))
     for part in s["parts"]:
         shares = (f"{part[f'{phase}_ms']:.3f}" for phase in phases)
         table.add_row(part["part"], *_ms_and_share(part["ms"], s), *shares, f"{part['launches']:,.0f}")
     table.add_row("gaps", *_ms_and_share(s["gap_ms"], s), *("" for _ in phases), "")
     console.print(table)
-    table = Table("kernel", "part", "phase", "ms", "%", "launches", title="most expensive kernels")
-    _justify(table, 3)
+    table = _table("most expensive kernels", ("kernel", "part", "phase"), ("ms", "%", "launches"))
     for row in s["kernels"][:TOP]:
-        table.add_row(
-            row["kernel"][:60], row["part"], row["phase"], *_ms_and_share(row["ms"], s), f"{row['launches']:,.0f}"
-        )
+        named = (row["kernel"].removeprefix(OPS)[:60], row["part"], row["phase"])
+        table.add_row(*named, *_ms_and_share(row["ms"], s), f"{row['launches']:,.0f}")
     console.print(table)
-    table = Table("op", "calls", "ms", "GFLOP", "TFLOP/s", "MB", "GB/s", title="ops of nsa_compile")
-    _justify(table, 1)
+    table = _table("ops of nsa_compile", ("op",), ("calls", "ms", "GFLOP", "TFLOP/s", "MB", "GB/s"))
     for op in s["ops"]:
         values = (op["ms"], op["gflop"], op["tflop_per_s"], op["mb"], op["gb_per_s"])
         table.add_row(op["op"].removeprefix(OPS), f"{op['calls']:,.0f}", *(f"{value:,.4g}" for value in values))
@@ -230,29 +231,30 @@ def say_diff(console: Console, changes: dict[str, Any]) -> None:
     """Print two profiles side by side: b against a."""
     for name, (a, b) in changes["settings"].items():
         console.print(f"{name}: {a} in a, {b} in b", soft_wrap=True)
-    table = Table("per step", "a", "b", "b - a", "b / a")
-    _justify(table, 1)
+    table = _table("", ("per step",), ("a", "b", "b - a", "b / a"))
     for name, row in changes["step"].items():
         table.add_row(name, *_compared(row["a"], row["b"]))
     console.print(table)
-    table = Table("part", "ms a", "ms b", "b - a", "b / a", title="time per branch")
-    _justify(table, 1)
+    table = _table("time per branch", ("part",), ("ms a", "ms b", "b - a", "b / a"))
     for row in changes["parts"]:
         table.add_row(row["part"], *_compared(row["ms_a"], row["ms_b"]))
     console.print(table)
-    table = Table("kernel", "part", "phase", "ms a", "ms b", "b - a", "b / a", "launches a", "b", title="kernels")
-    _justify(table, 3)
+    table = _table("kernels", ("kernel", "part", "phase"), ("ms a", "ms b", "b - a", "launches"))
     for row in changes["kernels"][: 3 * TOP]:
-        launches = (f"{row[f'launches_{side}']:,.0f}" for side in "ab")
-        table.add_row(
-            row["kernel"][:60], row["part"], row["phase"], *_compared(row["ms_a"], row["ms_b"]), *launches
-        )  # fmt: skip
+        named = (row["kernel"].removeprefix(OPS)[:60], row["part"], row["phase"])
+        launches = " → ".join(f"{row[f'launches_{side}']:,.0f}" for side in "ab")
+        table.add_row(*named, *_compared(row["ms_a"], row["ms_b"])[:3], launches)
     console.print(table)
 
 
-def _justify(table: Table, first: int) -> None:
-    for column in table.columns[first:]:
-        column.justify = "right"
+def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table that keeps long names and all numbers whole on a narrow terminal."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _ms_and_share(ms: float, summary: dict[str, Any]) -> tuple[str, str]:
@@ -260,4 +262,4 @@ def _ms_and_share(ms: float, summary: dict[str, Any]) -> tuple[str, str]:
 
 
 def _compared(a: float, b: float) -> tuple[str, str, str, str]:
-    return f"{a:,.3f}", f"{b:,.3f}", f"{b - a:+,.3f}", f"{b / a:.2f}" if a else "new"
+    return f"{a:,.3f}", f"{b:,.3f}", f"{b - a:+,.3f}", f"{b / a:.2f}" if a else "new" if b else ""

@@ -17,6 +17,7 @@ from torch import Tensor
 from nsa_compile.custom_ops.kernels.block_choice import choose_blocks
 from nsa_compile.custom_ops.kernels.tiles import (
     LOG2E,
+    check_grid,
     dot,
     finite,
     gather_rows,
@@ -57,9 +58,10 @@ def _rotate(first, second, position, LOG2_THETA: tl.constexpr, WIDTH: tl.constex
     """
     i = tl.arange(0, HALF)
     frequency = tl.full([HALF], 0.6366197723675814, tl.float64)
-    for bit in tl.static_range(HALF.bit_length() - 1):  # theta^(-2i / WIDTH) by the bits of i
-        factor = tl.full([HALF], 2.0 ** (-2.0 / WIDTH * LOG2_THETA * 2**bit), tl.float64)
-        frequency = tl.where((i >> bit) & 1 != 0, frequency * factor, frequency)
+    for bit in tl.static_range(16):  # theta^(-2i / WIDTH) by the bits of i
+        if 2**bit < HALF:
+            factor = tl.full([HALF], 2.0 ** (-2.0 / WIDTH * LOG2_THETA * 2**bit), tl.float64)
+            frequency = tl.where((i >> bit) & 1 != 0, frequency * factor, frequency)
     turns = position.to(tl.float64)[:, None] * frequency[None, :]
     nearest = tl.floor(turns + 0.5)
     angle = (turns - nearest).to(tl.float32) * 1.5707963267948966
@@ -169,7 +171,7 @@ def _decode_append_kernel(
     """
     BRANCHES: tl.constexpr = 2 if TIED else 3  # of values; and of what is rotated: q, keys, those of the window
     part, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i = tl.arange(0, TP)
+    i, one = tl.arange(0, TP), tl.cast(1, tl.int32)
     if part == 0:
         _emit(
             k_cmp, k_emitted, k_raw, cached_k_cmp, positions, count, capacity, b, g, n_groups, slots, tail,
@@ -185,25 +187,25 @@ def _decode_append_kernel(
         _append(k_cmp, k_raw, read, b, g, n_groups, tail, positions, count, capacity, T, TP, D_K, DK, HAS_COUNT)
     elif part < 3 + BRANCHES:
         if part == 3:
-            source, cache, length, read = v_cmp, v_raw, tail, b * vc_b + i * vc_t + g * vc_g
+            source, cache, length, read = v_cmp, v_raw, one * tail, b * vc_b + i * vc_t + g * vc_g
         elif part == 4:
-            source, cache, length, read = v_slc, cached_v_slc, capacity, b * vs_b + i * vs_t + g * vs_g
+            source, cache, length, read = v_slc, cached_v_slc, one * capacity, b * vs_b + i * vs_t + g * vs_g
         else:
-            source, cache, length, read = v_win, cached_v_win, ring, b * vw_b + i * vw_t + g * vw_g
+            source, cache, length, read = v_win, cached_v_win, one * ring, b * vw_b + i * vw_t + g * vw_g
         _append(source, cache, read, b, g, n_groups, length, positions, count, capacity, T, TP, D_V, DV, HAS_COUNT)
     else:
         kind, token = (part - 3 - BRANCHES) % BRANCHES, (part - 3 - BRANCHES) // BRANCHES
         head = tl.arange(0, HP)
         if kind == 0:
-            source, cache, length, rows = q, rotated, 0 * n + 1, 0 * n + H
+            source, cache, length, rows = q, rotated, one, one * H
             start = b * q_b + token * q_t + (g * H + head) * q_n
             write = (b * T + token) * n + g * H + head
         elif kind == 1:
-            source, cache, length, rows = k_slc, cached_k_slc, capacity, 0 * n + 1
+            source, cache, length, rows = k_slc, cached_k_slc, one * capacity, one
             start = b * ks_b + token * ks_t + g * ks_g + 0 * head
             write = b * capacity * n_groups + g + 0 * head
         else:
-            source, cache, length, rows = k_win, cached_k_win, ring, 0 * n + 1
+            source, cache, length, rows = k_win, cached_k_win, one * ring, one
             start = b * kw_b + token * kw_t + g * kw_g + 0 * head
             write = b * ring * n_groups + g + 0 * head
         _append_rotated(
@@ -252,16 +254,17 @@ def _decode_scan_kernel(
     capacity, slots, ring, n, n_groups,
     T: tl.constexpr, H: tl.constexpr, L: tl.constexpr, D: tl.constexpr, W: tl.constexpr, A: tl.constexpr,
     AP: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
-    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D_K: tl.constexpr, D_V: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
     ROW_TILES: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr, SPLITS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
     """One split of the compressed tokens or, from SPLIT_CMP on, of the window, for BM rows (token * H + head).
 
-    A tile of compressed tokens is those that begin in BLOCKS selection blocks. `exp2(scores - tops[tile])`, summed over
-    them with their overlap with their own block, goes to `folded`, with that with the next block to `spilled`, both
-    fp32 [b, T, n, TILES * BLOCKS].
+    A tile is BLOCKS * A keys: of compressed tokens those that begin in BLOCKS selection blocks. Of these
+    `exp2(scores - tops[tile])`, summed with their overlap with their own block, goes to `folded`, with that with the
+    next block to `spilled`, both fp32 [b, T, n, TILES * BLOCKS].
     """
+    STEP: tl.constexpr = BLOCKS * A
     split, g, b = tl.program_id(0), tl.program_id(1) // ROW_TILES, tl.program_id(2).to(tl.int64)
     held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
     row = tl.program_id(1) % ROW_TILES * BM + tl.arange(0, BM)
@@ -269,46 +272,46 @@ def _decode_scan_kernel(
     live, own = token < new, held + token
     slot = (b * T + token) * n + head
     q_tile = gather_rows(q, slot, 0 * slot, live, D_K, D_K, DK)
+    folds = split < SPLIT_CMP
+    if folds:
+        k, v, length = k_cmp, v_cmp, tl.cast(slots, tl.int32)
+        low, high = 0 * own, tl.where(live, _num_cmp(own + 1, L, D), 0)
+        most = tl.minimum(tl.max(high, 0), slots)
+        share = tl.cdiv(tl.cdiv(most, STEP), SPLIT_CMP) * STEP
+        first = split * share
+        origin, end = first, tl.minimum(first + share, most)
+    else:
+        k, v, length = k_win, v_win, tl.cast(ring, tl.int32)
+        low, high = own - W + 1, tl.where(live, own + 1, 0)
+        SHARE: tl.constexpr = ((W + T - 1 + STEP - 1) // STEP + SPLIT_WIN - 1) // SPLIT_WIN * STEP
+        first = tl.maximum(held - W + 1, 0) + (split - SPLIT_CMP) * SHARE
+        origin, end = first % ring, tl.minimum(first + SHARE, held + new)
+    k += (b * length * n_groups + g) * D_K
+    v += (b * length * n_groups + g) * D_V
+    r = tl.arange(0, BLOCKS * AP) % AP
+    inside = tl.arange(0, BLOCKS * AP) // AP * A + r
+    own_block = tl.where(r < A, tl.minimum(A - r, M), 0)
+    next_block = tl.where(r < A, M - own_block, 0)
     acc = tl.zeros([BM, DV], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    if split < SPLIT_CMP:
-        k_cmp += (b * slots * n_groups + g) * D_K
-        v_cmp += (b * slots * n_groups + g) * D_V
-        visible = tl.where(live, _num_cmp(own + 1, L, D), 0)
-        most = tl.minimum(tl.max(visible, 0), slots)
-        tiles = tl.cdiv(most, BLOCKS * A)
-        share = tl.cdiv(tiles, SPLIT_CMP)
-        r = tl.arange(0, BLOCKS * AP) % AP
-        inside = tl.arange(0, BLOCKS * AP) // AP * A + r
-        own_block = tl.where(r < A, tl.minimum(A - r, M), 0)
-        next_block = tl.where(r < A, M - own_block, 0)
-        for tile in tl.range(split * share, tl.minimum((split + 1) * share, tiles)):
-            i = tile * (BLOCKS * A) + inside
-            ok = (r < A) & (i < most)
-            k_tile = gather_rows(k_cmp, i, 0 * i, ok, n_groups * D_K, D_K, DK)
-            v_tile = gather_rows(v_cmp, i, 0 * i, ok, n_groups * D_V, D_V, DV)
-            seen = ok[None, :] & (i[None, :] < visible[:, None])
-            acc, top, total, p, highest = _attend_tile(acc, top, total, q_tile, k_tile, v_tile, seen, scale2, T > 1)
-            at = slot[:, None] * (TILES * BLOCKS) + (tile * BLOCKS + tl.arange(0, BLOCKS))[None, :]
-            sums = tl.sum((p * own_block[None, :]).reshape(BM, BLOCKS, AP), 2)
-            tl.store(folded + at, sums, mask=live[:, None])
-            if M > 1:
-                sums = tl.sum((p * next_block[None, :]).reshape(BM, BLOCKS, AP), 2)
-                tl.store(spilled + at, sums, mask=live[:, None])
-            tl.store(tops + slot * TILES + tile, highest, mask=live)
-    else:
-        k_win += (b * ring * n_groups + g) * D_K
-        v_win += (b * ring * n_groups + g) * D_V
-        SHARE: tl.constexpr = ((W + T - 1 + BN - 1) // BN + SPLIT_WIN - 1) // SPLIT_WIN * BN
-        first = tl.maximum(held - W + 1, 0) + (split - SPLIT_CMP) * SHARE
-        end = held + new
-        for key in tl.range(first, tl.minimum(first + SHARE, end), BN):
-            key += tl.arange(0, BN)
-            k_tile = gather_rows(k_win, key % ring, 0 * key, key < end, n_groups * D_K, D_K, DK)
-            v_tile = gather_rows(v_win, key % ring, 0 * key, key < end, n_groups * D_V, D_V, DV)
-            seen = live[:, None] & (key[None, :] <= own[:, None]) & (key[None, :] > own[:, None] - W)
-            acc, top, total, _, _ = _attend_tile(acc, top, total, q_tile, k_tile, v_tile, seen, scale2, T > 1)
+    for start in tl.range(first, end, STEP):
+        i = start + inside
+        ok = (r < A) & (i < end)
+        place = origin + (i - first)
+        place = tl.where(place < length, place, place - length)
+        k_tile = gather_rows(k, place, 0 * place, ok, n_groups * D_K, D_K, DK)
+        v_tile = gather_rows(v, place, 0 * place, ok, n_groups * D_V, D_V, DV)
+        seen = ok[None, :] & (i[None, :] >= low[:, None]) & (i[None, :] < high[:, None])
+        acc, top, total, p, highest = _attend_tile(acc, top, total, q_tile, k_tile, v_tile, seen, scale2, T > 1)
+        tile = start // STEP
+        at = slot[:, None] * (TILES * BLOCKS) + (tile * BLOCKS + tl.arange(0, BLOCKS))[None, :]
+        sums = tl.sum((p * own_block[None, :]).reshape(BM, BLOCKS, AP), 2)
+        tl.store(folded + at, sums, mask=(live & folds)[:, None])
+        if M > 1:
+            sums = tl.sum((p * next_block[None, :]).reshape(BM, BLOCKS, AP), 2)
+            tl.store(spilled + at, sums, mask=(live & folds)[:, None])
+        tl.store(tops + slot * TILES + tile, highest, mask=live & folds)
     _store_part(part_o, part_lse, acc, top, total, slot, token < T, split, SPLITS, D_V, DV)
 
 
@@ -380,7 +383,7 @@ def _decode_selected_kernel(
     q, k, v, block_indices, count, positions, part_o, part_lse, scale2, capacity, n, n_groups,
     T: tl.constexpr, H: tl.constexpr, L_SEL: tl.constexpr, N: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FIRST_SPLIT: tl.constexpr,
-    SPLIT_SLC: tl.constexpr, SPLITS: tl.constexpr, HAS_COUNT: tl.constexpr,
+    SPLIT_SLC: tl.constexpr, SHARE_P: tl.constexpr, SPLITS: tl.constexpr, HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
     """One split of the chosen blocks of one query and group; the heads are the rows."""
     split, g = tl.program_id(0), tl.program_id(1)
@@ -399,8 +402,11 @@ def _decode_selected_kernel(
     total = tl.zeros([BM], tl.float32)
     SHARE: tl.constexpr = (N + SPLIT_SLC - 1) // SPLIT_SLC
     PIECES: tl.constexpr = (L_SEL + BN - 1) // BN
-    for i in tl.range(split * SHARE * PIECES, tl.minimum((split + 1) * SHARE, N) * PIECES):
-        block = tl.load(block_indices + i // PIECES)
+    mine = tl.arange(0, SHARE_P)  # loaded at once, so that no load of keys waits for another in the loop
+    chosen = split * SHARE + mine
+    blocks = tl.load(block_indices + chosen, mask=(mine < SHARE) & (chosen < N), other=-1)
+    for i in tl.range(0, tl.minimum(SHARE, N - split * SHARE) * PIECES):
+        block = tl.max(tl.where(mine == i // PIECES, blocks, -1), 0)
         inside = i % PIECES * BN + tl.arange(0, BN)
         key = block * L_SEL + inside
         ok = (block >= 0) & (inside < L_SEL) & (key <= own) & (token < new)
@@ -499,10 +505,11 @@ def decode_attention(
     bytes_per_key = max(DK, DV) * q.element_size()
     keys, stages = (64, 2) if bytes_per_key <= 256 else (32, 2) if bytes_per_key <= 512 else (16, 1)
     keys = max(AP, keys)
-    blocks, window_keys = keys // AP, min(keys, 64)
-    tiles, window_tiles = triton.cdiv(slots, blocks * A), triton.cdiv(w + t - 1, window_keys)
+    blocks = keys // AP
+    tiles, window_tiles = triton.cdiv(slots, blocks * A), triton.cdiv(w + t - 1, blocks * A)
     rows = min(64, padded(t * h))
     row_tiles, width = triton.cdiv(t * h, rows), triton.cdiv(capacity, l_sel)
+    check_grid("q", "rows times tokens, or groups", max(b * t, g * row_tiles))
     splits = splits or share_keys(q, row_tiles, g, tiles, window_tiles, n_sel)
     total = sum(splits)
 
@@ -536,7 +543,7 @@ def decode_attention(
     _decode_scan_kernel[(splits.cmp + splits.win, g * row_tiles, b)](
         rotated, cached_k_cmp, cached_v_cmp, cached_k_win, cached_v_win, counts, positions, folded, spilled, tops,
         part_o, part_lse, scale2, capacity, slots, ring, n, g,
-        H=h, L=l, D=d, W=w, A=A, AP=AP, M=M, BLOCKS=blocks, TILES=tiles, BM=rows, BN=window_keys, ROW_TILES=row_tiles,
+        H=h, L=l, D=d, W=w, A=A, AP=AP, M=M, BLOCKS=blocks, TILES=tiles, BM=rows, ROW_TILES=row_tiles,
         SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, **sizes, **where, num_warps=4, num_stages=stages,
     )  # fmt: skip
     _decode_scores_kernel[(triton.cdiv(width, 64), g, b * t)](
@@ -552,8 +559,9 @@ def decode_attention(
     )  # fmt: skip
     _decode_selected_kernel[(splits.slc, g, b * t)](
         rotated, cached_k_slc, cached_v_slc, block_indices, counts, positions, part_o, part_lse, scale2, capacity, n, g,
-        H=h, L_SEL=l_sel, N=n_sel, BM=padded(h), BN=min(padded(l_sel), window_keys),
-        FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SPLITS=total, **sizes, **where,
+        H=h, L_SEL=l_sel, N=n_sel, BM=padded(h), BN=min(padded(l_sel), keys, 64),
+        FIRST_SPLIT=splits.cmp + splits.win, SPLIT_SLC=splits.slc, SHARE_P=padded(triton.cdiv(n_sel, splits.slc), 1),
+        SPLITS=total, **sizes, **where,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
     few = padded(total, 1) * DV <= 4096  # a warp takes a head; else many programs where there are few heads

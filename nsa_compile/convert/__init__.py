@@ -1,0 +1,1 @@
+"""Dense models of transformers turned into Native Sparse Attention."""

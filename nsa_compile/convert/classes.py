@@ -1,0 +1,126 @@
+"""The transformers classes of converted models, registered with its Auto classes."""
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from nsa_compile.config import NSAConfig
+from nsa_compile.convert.attention import ConvertedAttention, rows_of_call
+
+
+class NSALlamaConfig(LlamaConfig):
+    """A Llama config with the settings of its NSA layers in `nsa`."""
+
+    model_type = "nsa_llama"
+
+
+class NSAQwen2Config(Qwen2Config):
+    """A Qwen2 config with the settings of its NSA layers in `nsa`."""
+
+    model_type = "nsa_qwen2"
+
+
+class NSAQwen3Config(Qwen3Config):
+    """A Qwen3 config with the settings of its NSA layers in `nsa`."""
+
+    model_type = "nsa_qwen3"
+
+
+class NSAMistralConfig(MistralConfig):
+    """A Mistral config with the settings of its NSA layers in `nsa`."""
+
+    model_type = "nsa_mistral"
+
+
+def put_attention(model: Any) -> None:
+    """Put NSA in the place of the attention of the layers that `model.config.nsa` names."""
+    settings = dict(model.config.nsa)
+    layers = settings.pop("layers")
+    sizes = attention_sizes(model.config, settings)
+    for index in layers:
+        layer = model.model.layers[index]
+        layer.self_attn = ConvertedAttention(layer.self_attn, model.model.rotary_emb, sizes)
+    model.model.register_forward_pre_hook(rows_of_call, with_kwargs=True)
+
+
+def attention_sizes(config: Any, settings: dict[str, Any]) -> NSAConfig:
+    """The sizes of a layer: the dense model's, and those chosen. Raises ValueError or TypeError naming the argument."""
+    return NSAConfig(
+        dim=config.hidden_size, n_heads=config.num_attention_heads, n_kv_groups=config.num_key_value_heads,
+        d_k=head_dim(config), d_v=head_dim(config), **settings,
+    )  # fmt: skip
+
+
+def head_dim(config: Any) -> int:
+    """Channels of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+class NSALlamaForCausalLM(LlamaForCausalLM):
+    """A Llama model with NSA in the layers that `config.nsa` names."""
+
+    config_class = NSALlamaConfig
+
+    def __init__(self, config: NSALlamaConfig) -> None:
+        super().__init__(config)
+        put_attention(self)
+
+
+class NSAQwen2ForCausalLM(Qwen2ForCausalLM):
+    """A Qwen2 model with NSA in the layers that `config.nsa` names."""
+
+    config_class = NSAQwen2Config
+
+    def __init__(self, config: NSAQwen2Config) -> None:
+        super().__init__(config)
+        put_attention(self)
+
+
+class NSAQwen3ForCausalLM(Qwen3ForCausalLM):
+    """A Qwen3 model with NSA in the layers that `config.nsa` names."""
+
+    config_class = NSAQwen3Config
+
+    def __init__(self, config: NSAQwen3Config) -> None:
+        super().__init__(config)
+        put_attention(self)
+
+
+class NSAMistralForCausalLM(MistralForCausalLM):
+    """A Mistral model with NSA in the layers that `config.nsa` names."""
+
+    config_class = NSAMistralConfig
+
+    def __init__(self, config: NSAMistralConfig) -> None:
+        super().__init__(config)
+        put_attention(self)
+
+
+CONVERTED: dict[type, tuple[type, type]] = {
+    LlamaForCausalLM: (NSALlamaForCausalLM, NSALlamaConfig),
+    Qwen2ForCausalLM: (NSAQwen2ForCausalLM, NSAQwen2Config),
+    Qwen3ForCausalLM: (NSAQwen3ForCausalLM, NSAQwen3Config),
+    MistralForCausalLM: (NSAMistralForCausalLM, NSAMistralConfig),
+}
+"""Dense classes, and what a model of each becomes."""
+
+for _model, _config in CONVERTED.values():
+    AutoConfig.register(_config.model_type, _config)  # type: ignore[attr-defined]
+    AutoModelForCausalLM.register(_config, _model)
+
+
+def is_linear(module: object) -> bool:
+    """Whether a projection is a plain one of floating-point weights."""
+    return type(module) is nn.Linear and module.weight.is_floating_point()
