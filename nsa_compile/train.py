@@ -220,8 +220,9 @@ def train(
 
     `out` gets checkpoints `step-NNNNNN` (see `Checkpoints`; the newest ones stay) and `metrics.jsonl`, a line per step.
     With `resume` the run continues from the newest checkpoint as if it had never stopped: the same batches, learning
-    rates and, on the same machine and mesh, the same losses to the bit; on another mesh but for rounding. "auto" starts
-    a run where there is none to resume, so that one command can be started again and again. SIGINT or SIGTERM, on any
+    rates and, on the same machine and mesh, the same losses to the bit (on GPUs under
+    `torch.use_deterministic_algorithms`); on another mesh but for rounding. "auto" starts a run where there is none to
+    resume, so that one command can be started again and again. SIGINT or SIGTERM, on any
     process, ends the run after the step at hand, with a checkpoint; a second one ends it at once.
 
     With a `mesh` of `make_mesh` all processes call it, with equal arguments, and the model is spread over them

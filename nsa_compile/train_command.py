@@ -97,7 +97,7 @@ def train_command(
         typer.Option(help="TFLOP/s of a device, for its utilisation.", show_default="data sheet, if known"),
     ] = None,
     device: Device = "cpu",
-    dtype: Kind = DType.fp32,
+    dtype: Annotated[DType, typer.Option(help="Type to compute in; weights stay in fp32.")] = DType.fp32,
     compile: Annotated[
         CompileWhat | None,
         typer.Option(help="What becomes one graph.", show_default="model; block with torchrun"),

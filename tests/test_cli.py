@@ -285,7 +285,7 @@ def test_traceback_shows_where_an_error_comes_from():
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "tokenize", "train", "generate", "bench", "profile", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "tokenize", "train", "export", "generate", "bench", "profile", "info"])
 def test_help_tells_what_a_command_does(command):
     result = run(*([command] if command else []), "--help")
     assert result.exit_code == 0
@@ -294,6 +294,7 @@ def test_help_tells_what_a_command_does(command):
         "demo": "exit code 1",
         "tokenize": "token shards",
         "train": "--resume",
+        "export": "safetensors",
         "generate": "streaming",
         "bench": "--threshold",
         "profile": "Perfetto",

@@ -98,6 +98,22 @@ def test_compiled_attention_does_not_run_again(whole, monkeypatch):
     assert [counts[name] for _, name in FUNCTIONS] == [2, 1, 1, 1, 1]
 
 
+def test_blocks_share_one_graph():
+    """More of them than dynamo would compile again for."""
+    torch.compiler.reset()
+    model, graphs = checkpointed("selective", torch.float32, n_layers=10), []
+
+    def keep_graph(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with computing_in(model, torch.bfloat16):
+        for block in model.layers:
+            wrap_forward(block, lambda forward: torch.compile(forward, backend=keep_graph, **GRAPH))
+        model.loss(draw_ids(1, 20)).backward()
+    assert len(graphs) == 1
+
+
 def test_a_block_gets_its_forward_back():
     model = checkpointed("full")
     unwrap_forward(model.layers[0])

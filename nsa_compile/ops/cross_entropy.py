@@ -31,10 +31,11 @@ def linear_cross_entropy(
         counted = target[part] >= 0
         index = target[part].clamp_min(0).unsqueeze(-1)
         log_p = torch.log_softmax((x[part] @ weight.mT).to(dtype), dim=-1)
-        total -= torch.where(counted, log_p.gather(-1, index).squeeze(-1), 0.0).sum()
+        own = log_p.gather(-1, index)
+        total -= torch.where(counted, own.squeeze(-1), 0.0).sum()
         if grad_x is not None and grad_weight is not None:
-            grad = log_p.exp_().scatter_add_(-1, index, log_p.new_full(index.shape, -1.0))
-            grad = (grad.masked_fill_(~counted.unsqueeze(-1), 0.0)).to(x.dtype)
+            grad = log_p.exp_().scatter_(-1, index, own.exp() - 1)
+            grad = grad.masked_fill_(~counted.unsqueeze(-1), 0.0).to(x.dtype)
             torch.mm(grad, weight, out=grad_x[part])
             grad_weight += grad.mT @ x[part]
     return total, grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
