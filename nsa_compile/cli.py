@@ -24,7 +24,7 @@ from nsa_compile.data import load_tokenizer
 from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
-from nsa_compile.launch import rank
+from nsa_compile.launch import SaidElsewhere, rank
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import (
     Compile,
@@ -60,6 +60,8 @@ class ErrorLine(TyperGroup):
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
             if ctx.params.get("traceback"):
                 raise
+            if isinstance(error, SaidElsewhere):
+                raise typer.Exit(2) from error
             print(f"error (rank {rank()}):" if rank() else "error:", " ".join(str(error).split()), file=sys.stderr)
             raise typer.Exit(2) from error
 

@@ -32,21 +32,39 @@ class World:
         return self.rank == 0
 
     def by_first(self, work: Callable[[], T], then: Callable[[], T]) -> T:
-        """`work()` on the first process, and when it is done `then()` on the others. Its error is that of all."""
-        if self.size == 1:
-            return work()
-        result, error = None, ""
-        if self.first:
-            try:
-                result = work()
-            except (ValueError, OSError, ImportError) as failed:
-                dist.broadcast_object_list([str(failed)], 0)
-                raise
-        heard = [error]
-        dist.broadcast_object_list(heard, 0)
-        if heard[0]:
-            raise ValueError(heard[0])
-        return then() if result is None else result
+        """`work()` on the first process, and when it is done `then()` on the others; see `together`."""
+        result = together(lambda: work() if self.first else None)
+        others = together(lambda: None if self.first else then())
+        found = result if self.first else others
+        assert found is not None
+        return found
+
+
+class SaidElsewhere(ValueError):
+    """An error about input that another process of the run says."""
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """`work()` on every process of a group (by default all, if there are several); if it fails on one, it does on all.
+
+    Raises: on the first process where `work` raises ValueError, TypeError, ImportError or OSError that error, on all
+        others `SaidElsewhere`.
+    """
+    if not dist.is_initialized():
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, TypeError, ImportError, OSError) as failed:
+        error = failed
+    said: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, None if error is None else str(error), group)
+    first = next((r for r, text in enumerate(said) if text is not None), None)
+    if first is None:
+        return result  # type: ignore[return-value]
+    if error is not None and first == dist.get_rank(group):
+        raise error
+    raise SaidElsewhere(f"rank {first}: {said[first]}")
 
 
 def launched() -> bool:

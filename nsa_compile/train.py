@@ -20,6 +20,7 @@ from nsa_compile.checkpoints import Checkpoints, find_checkpoint, load_state, re
 from nsa_compile.config import NSAConfig
 from nsa_compile.data import Batch, Corpus, PackedBatches, TokenShards, prefetch
 from nsa_compile.faults import StopFlag, Watchdog, stop_flag
+from nsa_compile.launch import together
 from nsa_compile.metrics import (
     LayerStatistics,
     MetricsWriter,
@@ -234,17 +235,25 @@ def train(
         OSError naming a file that cannot be read or written.
     """
     out, ranks = Path(out), Ranks.of(mesh)
-    check_text(corpus.train, config.seq_len, "training")
-    check_text(corpus.validation, config.seq_len, "validation")
-    if corpus.vocab_size > model.config.vocab_size:
-        raise ValueError(f"model: expected a vocab_size of {corpus.vocab_size} or more, got {model.config.vocab_size}")
-    check_mesh(config, model.config, None if mesh is None else tuple(mesh.shape))
-    if config.tensorboard:
-        summary_writer()
-    newest = checkpoint_to_resume(out, resume)
-    batches = make_batches(corpus.train, config, seed=config.seed)
-    held_out = make_batches(corpus.validation, config, seed=None, max_documents=batches.max_documents)
     facts = {"config": dataclasses.asdict(config), "text": corpus.digest()}
+
+    def begin() -> tuple[Path | None, PackedBatches, PackedBatches]:
+        check_text(corpus.train, config.seq_len, "training")
+        check_text(corpus.validation, config.seq_len, "validation")
+        if corpus.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"model: expected a vocab_size of {corpus.vocab_size} or more, got {model.config.vocab_size}"
+            )
+        check_mesh(config, model.config, None if mesh is None else tuple(mesh.shape))
+        if config.tensorboard:
+            summary_writer()
+        newest = checkpoint_to_resume(out, resume)
+        if newest is not None:
+            check_run(newest, model.config, facts)
+        batches = make_batches(corpus.train, config, seed=config.seed)
+        return newest, batches, make_batches(corpus.validation, config, seed=None, max_documents=batches.max_documents)
+
+    newest, batches, held_out = begin() if ranks.group is None else together(begin, ranks.group)
     # a group of their own: their thread and this one would mix up the order of what they send
     group = None if mesh is None else dist.new_group(backend="gloo")
     checkpoints = Checkpoints(out, keep=config.keep, group=group)
@@ -252,7 +261,6 @@ def train(
         loss_function = stack.enter_context(prepared(model, config, mesh))
         optimizer = make_optimizer(model, config)
         if newest is not None:
-            check_run(newest, model.config, facts)
             load_state(newest, model, optimizer, ranks.group)
         done, val_loss, stopped = 0 if newest is None else step_of(newest), None, 0
         out.mkdir(parents=True, exist_ok=True)

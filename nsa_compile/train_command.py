@@ -16,7 +16,7 @@ from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.config import NSAConfig
 from nsa_compile.data import Corpus, load_tokenizer, open_shards, unigram_entropy
 from nsa_compile.data.shards import read_manifest
-from nsa_compile.launch import World, launched, process_group, rank
+from nsa_compile.launch import World, launched, process_group, rank, together
 from nsa_compile.metrics import METRICS_FILE
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import (
@@ -171,12 +171,16 @@ def train_command(
         )  # fmt: skip
 
     with process_group(target, config.timeout) as world:
-        with first_speaks():
+        how: bool | Literal["auto"] = "auto" if auto_resume else resume
+
+        def begin() -> DeviceMesh | None:
             mesh = make_mesh(dp=dp, cp=cp, tp=tp, device=target.type) if launched() else None
             check_mesh(config, model_config, None if mesh is None else tuple(mesh.shape))
-            how: bool | Literal["auto"] = "auto" if auto_resume else resume
             checkpoint_to_resume(out, how)
-            corpus = world.by_first(build, lambda: open_shards(data or out / DATA_FOLDER))
+            return mesh
+
+        mesh = together(begin)
+        corpus = world.by_first(build, lambda: open_shards(data or out / DATA_FOLDER))
         model_config = dataclasses.replace(model_config, vocab_size=corpus.vocab_size)
         say_corpus(console, corpus)
         torch.manual_seed(seed)

@@ -138,7 +138,13 @@ def test_a_run_of_two_processes_is_exported_and_generates(unbroken, tmp_path):
         assert result.exit_code == 0, result.output
 
 
-def test_bad_plans_are_one_line_at_the_start(text, tmp_path):
+def test_bad_plans_are_one_line_at_the_start(text, unbroken, tmp_path):
+    before = metrics(unbroken)
+    done = torchrun("train", "--text", text, "--out", unbroken, *TINY, "--lr", 1, "--auto-resume")
+    assert re.findall(r"^error.*$", done.stderr, re.MULTILINE) == [
+        "error: resume: expected the run's lr = 0.001, got 1.0"
+    ]
+    assert metrics(unbroken) == before
     for arguments, words in (
         (("--tp", 3), r"cp, tp: expected cp \* tp to divide the 2 processes, got 1 \* 3"),
         (("--tp", 2, "--n-kv-groups", 1), "tp: expected a divisor of n_kv_groups = 1, got 2"),
