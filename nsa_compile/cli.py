@@ -15,35 +15,34 @@ from typer.core import TyperGroup
 
 import nsa_compile
 from nsa_compile.bench.command import bench_command
+from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.config import NSAConfig
 from nsa_compile.convert.command import convert_command
 from nsa_compile.custom_ops import flash
 from nsa_compile.custom_ops.dispatch import explain_thresholds, resolve_impl
-from nsa_compile.data import load_tokenizer, open_shards, unigram_entropy
+from nsa_compile.data import load_tokenizer
 from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
+from nsa_compile.launch import rank
 from nsa_compile.model import NSALanguageModel
-from nsa_compile.options import Attention, Compile, Device, DType, Kind, find_device, free_folder
-from nsa_compile.profile.command import profile_command
-from nsa_compile.terminal import (
-    TextStream,
-    build_with_progress,
-    can_compile,
-    cpp_compiler,
-    one_thread,
-    say_corpus,
-    say_model,
-    train_with_progress,
-)  # fmt: skip
-from nsa_compile.train import (
-    DATA_FOLDER,
-    DTYPES,
-    METRICS_FILE,
-    TrainConfig,
-    checkpoint_to_resume,
-    find_checkpoint,
+from nsa_compile.options import (
+    Compile,
+    Device,
+    DType,
+    EndToken,
+    Field,
+    Kind,
+    Text,
+    TokenizerFile,
+    Workers,
+    find_device,
+    free_folder,
 )
+from nsa_compile.profile.command import profile_command
+from nsa_compile.terminal import TextStream, build_with_progress, can_compile, cpp_compiler, one_thread, say_corpus
+from nsa_compile.train import DTYPES
+from nsa_compile.train_command import export_command, train_command
 
 OPS = (
     "compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "gated_sum",
@@ -61,7 +60,7 @@ class ErrorLine(TyperGroup):
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
             if ctx.params.get("traceback"):
                 raise
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print(f"error (rank {rank()}):" if rank() else "error:", " ".join(str(error).split()), file=sys.stderr)
             raise typer.Exit(2) from error
 
 
@@ -85,23 +84,6 @@ def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
     """Native Sparse Attention: train a small model on text, generate from it, see what runs where."""
-
-
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="Text file, .jsonl, .jsonl.gz or .parquet, or folder of them; may be given several times. "
-        "Default: the sources of Python's standard library on this machine."
-    ),
-]
-TokenizerFile = Annotated[
-    Path | None, typer.Option(help="File of the package tokenizers (tokenizer.json).", show_default="bytes")
-]
-EndToken = Annotated[
-    str | None, typer.Option(help="The tokenizer's token after each document.", show_default="<|endoftext|> or alike")
-]
-Field = Annotated[str, typer.Option(help="Where JSON Lines and Parquet have the text.")]
-Workers = Annotated[int | None, typer.Option(help="Processes that tokenize.", show_default="by CPUs and text")]
 
 
 @app.command()
@@ -156,92 +138,8 @@ def tokenize(
                   "documents that are empty or no text", soft_wrap=True)  # fmt: skip
 
 
-@app.command("train")
-def train_command(
-    text: Text = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Token shards of `tokenize`, in place of --text.", show_default="OUT/data")
-    ] = None,
-    tokenizer: TokenizerFile = None,
-    end_token: EndToken = None,
-    field: Field = "text",
-    workers: Workers = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics.")] = Path("nsa-run"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out: same text and options.")] = False,
-    steps: Annotated[int, typer.Option(help="Updates.")] = 1000,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Rows of an update.")] = 8,
-    packed: Annotated[
-        bool, typer.Option("--packed/--joined", help="Keep attention within documents, or let it cross them in a row.")
-    ] = True,
-    max_documents: Annotated[
-        int | None, typer.Option(help="Most documents in a row, if packed.", show_default="as many as there are")
-    ] = None,
-    lr: Annotated[float, typer.Option(help="Highest learning rate, after warm-up; then a cosine.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 50,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights and of the order of the rows.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
-    eval_every: Annotated[int, typer.Option(help="Steps between losses on held-out text.")] = 200,
-    eval_batches: Annotated[int, typer.Option(help="Batches of held-out text.")] = 8,
-    device: Device = "cpu",
-    dtype: Kind = DType.fp32,
-    compile: Compile = True,
-    attention: Annotated[Attention, typer.Option(help="Native sparse attention, or dense to compare.")] = Attention.nsa,
-    n_layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 4,
-    dim: Annotated[int, typer.Option(help="Channels of the residual stream.")] = 256,
-    n_heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    n_kv_groups: Annotated[int, typer.Option(help="Key/value heads.")] = 2,
-    d_k: Annotated[int, typer.Option(help="Channels of a query and key head.")] = 32,
-    d_v: Annotated[int, typer.Option(help="Channels of a value head.")] = 32,
-    l: Annotated[int, typer.Option("--l", help="Length of a compression block.")] = 16,
-    d: Annotated[int, typer.Option("--d", help="Stride of the compression blocks.")] = 8,
-    l_sel: Annotated[int, typer.Option(help="Length of a selection block.")] = 16,
-    n_sel: Annotated[int, typer.Option(help="Blocks selected per query.")] = 8,
-    w: Annotated[int, typer.Option("--w", help="Length of the sliding window.")] = 64,
-    phi: Annotated[str, typer.Option(help='Compressor: "avg" or "mlp".')] = "avg",
-    gate: Annotated[str, typer.Option(help='Gate: "softmax" or "sigmoid".')] = "softmax",
-) -> None:
-    """Train a model on text: AdamW, warm-up and cosine, clipping; token shards, checkpoints and metrics in --out.
-
-    Ctrl-C ends the run after the step at hand and saves; --resume continues it exactly. A loss that is not finite
-    stops the run before it changes the weights.
-    """
-    console = Console(markup=False, highlight=False)
-    target = find_device(device)
-    config = TrainConfig(
-        steps=steps, seq_len=seq_len, batch_size=batch_size, lr=lr, warmup=warmup, clip=clip, seed=seed,
-        dtype=dtype.value, compile=compile and can_compile(console, device), eval_every=eval_every,
-        eval_batches=eval_batches, save_every=save_every, packed=packed, max_documents=max_documents,
-    )  # fmt: skip
-    model_config = NSAConfig(
-        dim=dim, n_heads=n_heads, n_kv_groups=n_kv_groups, d_k=d_k, d_v=d_v, l=l, d=d, l_sel=l_sel, n_sel=n_sel, w=w,
-        phi=phi, gate=gate, n_layers=n_layers, vocab_size=256, attention=attention.value,
-    )  # fmt: skip
-    checkpoint_to_resume(out, resume)
-    if data is not None:
-        if text or tokenizer or end_token:
-            raise ValueError("data: expected token shards alone, got --text, --tokenizer or --end-token beside them")
-        corpus = open_shards(data)
-    else:
-        corpus = build_with_progress(
-            console, text or [], out / DATA_FOLDER, tokenizer=load_tokenizer(tokenizer, end_token=end_token),
-            field=field, workers=workers,
-        )  # fmt: skip
-    model_config = dataclasses.replace(model_config, vocab_size=corpus.vocab_size)
-    say_corpus(console, corpus)
-    torch.manual_seed(seed)
-    model = NSALanguageModel(model_config).to(target)
-    say_model(console, model, config)
-    result = train_with_progress(console, model, corpus, config, out, resume=resume)
-    if result.val_loss is not None:
-        entropy = unigram_entropy(corpus.train)
-        console.print(
-            f"loss on held-out text {result.val_loss:.3f} nats/{corpus.unit}; entropy of single {corpus.unit}s "
-            f"{entropy:.3f} nats/{corpus.unit}",
-            soft_wrap=True,
-        )
-    console.print(f"checkpoint {result.checkpoint}, metrics {out / METRICS_FILE}", soft_wrap=True)
+app.command("train")(train_command)
+app.command("export")(export_command)
 
 
 @app.command("generate")

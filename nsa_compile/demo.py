@@ -16,6 +16,7 @@ from nsa_compile.data import Corpus, unigram_entropy
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.graphs.prefill import prefill
+from nsa_compile.metrics import METRICS_FILE
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.module import BRANCHES
 from nsa_compile.terminal import (
@@ -26,7 +27,7 @@ from nsa_compile.terminal import (
     say_model,
     train_with_progress,
 )
-from nsa_compile.train import DATA_FOLDER, METRICS_FILE, TrainConfig, checkpoint_to_resume
+from nsa_compile.train import DATA_FOLDER, TrainConfig, checkpoint_to_resume
 
 DECODE_FILE = "decode.jsonl"
 DEMO_MODEL = NSAConfig(
@@ -49,7 +50,8 @@ def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None
     torch.manual_seed(0)
     model = NSALanguageModel(DEMO_MODEL)
     config = TrainConfig(
-        steps=steps, seq_len=DEMO_SEQ_LEN, batch_size=4, lr=4e-3, warmup=max(1, steps // 10), compile=compile,
+        steps=steps, seq_len=DEMO_SEQ_LEN, batch_size=4, lr=4e-3, warmup=max(1, steps // 10),
+        compile="model" if compile else "none", stats_every=steps,
         eval_every=steps, eval_batches=8, save_every=steps, packed=False,
     )  # fmt: skip
     say_model(console, model, config)

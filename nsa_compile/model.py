@@ -24,6 +24,7 @@ from nsa_compile.ops.checks import check_tensor, values_are_visible
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import query_layout
 from nsa_compile.ops.rope import apply_rope
+from nsa_compile.storage import distributed_checkpoint
 
 if TYPE_CHECKING:
     from nsa_compile.graphs.cache import NSACache
@@ -226,18 +227,25 @@ class NSALanguageModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Self:
-        """Read what `save_pretrained` wrote.
+        """Read what `save_pretrained` wrote, or a checkpoint of `train`.
 
         Raises: ValueError for a folder without such a model, or weights that do not fit the config.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise ValueError(f"folder: expected one with {name} as save_pretrained writes it, got {folder}")
+        weights, shards = folder / "model.safetensors", folder / ".metadata"
+        for path in (folder / "config.json", shards if shards.is_file() else weights):
+            if not path.is_file():
+                raise ValueError(
+                    f"folder: expected one with {path.name} as save_pretrained writes it, or a checkpoint, got {folder}"
+                )
         model = cls(NSAConfig.load(folder / "config.json"))
         try:
-            load_model(model, str(folder / "model.safetensors"))
-        except RuntimeError as error:
+            if weights.is_file():
+                load_model(model, str(weights))
+            else:
+                with distributed_checkpoint() as dcp:
+                    dcp.load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+        except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"folder: expected weights that fit {folder / 'config.json'}, got {error}") from error
         return model.to(device=device, dtype=dtype)
 

@@ -27,6 +27,22 @@ Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Run the m
 Device = Annotated[str, typer.Option(help='Device, such as "cpu" or "cuda".')]
 Kind = Annotated[DType, typer.Option(help="Type of weights and activations alike.")]
 
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text file, .jsonl, .jsonl.gz or .parquet, or folder of them; may be given several times. "
+        "Default: the sources of Python's standard library on this machine."
+    ),
+]
+TokenizerFile = Annotated[
+    Path | None, typer.Option(help="File of the package tokenizers (tokenizer.json).", show_default="bytes")
+]
+EndToken = Annotated[
+    str | None, typer.Option(help="The tokenizer's token after each document.", show_default="<|endoftext|> or alike")
+]
+Field = Annotated[str, typer.Option(help="Where JSON Lines and Parquet have the text.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that tokenize.", show_default="by CPUs and text")]
+
 
 def free_folder(name: str) -> Path:
     """The first of name, name-2, name-3, ... that does not exist."""

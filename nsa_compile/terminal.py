@@ -83,27 +83,29 @@ def say_model(console: Console, model: NSALanguageModel, config: TrainConfig) ->
     sizes = f"l={c.l} d={c.d} l_sel={c.l_sel} n_sel={c.n_sel} w={c.w}" if c.attention == "nsa" else "dense attention"
     console.print(
         f"model: {n:,} parameters, {c.n_layers} layers of {c.dim}, {sizes}, rows of {config.seq_len} tokens, "
-        + ("compiled (the first step takes a while)" if config.compile else "not compiled"),
+        + ("not compiled" if config.compile == "none" else "compiled (the first step takes a while)"),
         soft_wrap=True,
     )
 
 
 def train_with_progress(
-    console: Console, model: NSALanguageModel, corpus: Corpus, config: TrainConfig, out: Path, *, resume: bool
+    console: Console, model: NSALanguageModel, corpus: Corpus, config: TrainConfig, out: Path, **options: Any
 ) -> TrainResult:
     """`train` with a bar of loss and tokens/s, or lines of them where the output is no terminal."""
     every = max(1, config.steps // 10)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling" if config.compile else "", total=config.steps)
+        task = progress.add_task("" if config.compile == "none" else "compiling", total=config.steps)
 
         def show(metrics: StepMetrics) -> None:
             line = f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tokens/s"
+            if metrics.mfu is not None:
+                line += f"  MFU {metrics.mfu:.0%}"
             progress.update(task, completed=metrics.step, description=line)
             if not console.is_terminal and (metrics.step % every == 0 or metrics.step == 1):
                 console.print(f"step {metrics.step}/{config.steps}  {line}")
 
-        result = train(model, corpus, config, out, resume=resume, on_step=show)
+        result = train(model, corpus, config, out, on_step=show, **options)
     if result.interrupted:
         console.print(f"interrupted after step {result.step}; saved {result.checkpoint}", soft_wrap=True)
     return result

@@ -17,10 +17,37 @@ LAYERS = {
     "custom_ops": {"ops"},
     "graphs": {"ops", "custom_ops"},
     "module": {"ops", "custom_ops", "config"},
-    "model": {"ops", "custom_ops", "config", "graphs", "module"},
+    "storage": set(),
+    "model": {"ops", "custom_ops", "config", "graphs", "module", "storage"},
     "data": set(),
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
-    "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
+    "checkpoints": {"model", "data", "storage"},
+    "metrics": {"ops", "custom_ops", "config", "module", "model", "data"},
+    "faults": set(),
+    "launch": set(),
+    "train": {
+        "config",
+        "model",
+        "data",
+        "parallel",
+        "recompute",
+        "precision",
+        "checkpoints",
+        "metrics",
+        "faults",
+    },
+    "train_command": {
+        "config",
+        "model",
+        "data",
+        "parallel",
+        "checkpoints",
+        "metrics",
+        "launch",
+        "train",
+        "options",
+        "terminal",
+    },
     "recompute": set(),
     "precision": set(),
     "convert": {"ops", "custom_ops", "config", "module"},
@@ -28,11 +55,22 @@ LAYERS = {
     "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},
     "bench": {"", "ops", "custom_ops", "config", "graphs", "module", "options", "terminal"},
-    "profile": {"custom_ops", "config", "graphs", "module", "model", "data", "train", "options", "terminal"},
+    "profile": {
+        "checkpoints",
+        "custom_ops",
+        "config",
+        "graphs",
+        "module",
+        "model",
+        "data",
+        "train",
+        "options",
+        "terminal",
+    },
 }
 """What each part may import of ours; the command line, its demo and the package itself may import all."""
 
-FREE = ("__init__", "cli", "demo")
+FREE = ("__init__", "__main__", "cli", "demo")
 
 
 def part_of(module: str) -> str:

@@ -87,6 +87,27 @@ def test_a_step_is_the_same_for_any_world_size(lengths, seq_len, sizes, seed, da
 
 
 @settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(2, 24), st.integers(0, 3), st.sampled_from([None, 2]), st.booleans())
+def test_what_a_batch_holds_is_known_without_reading_it(lengths, seq_len, seed, most, packed):
+    tokens = Tokens([seq_len, *lengths])
+    batches = PackedBatches(tokens, seq_len=seq_len, batch_size=4, seed=seed, max_documents=most, packed=packed)
+    for rows, batch in [
+        (batches.rows(3, rank=1, world_size=2), batches.batch(3, rank=1, world_size=2)),
+        (batches.evenly_spaced_rows(2, rank=0, world_size=2)[1], list(batches.evenly_spaced(2, world_size=2))[1]),
+    ]:
+        assert batches.n_targets(rows) == batch.n_targets
+        if packed:
+            assert batches.lengths(rows).tolist() == [len(piece) for piece in pieces(batch)]
+
+
+def test_a_batch_is_described_by_rows_and_documents():
+    batches = PackedBatches(Tokens([5, 9, 4, 6]), seq_len=8, batch_size=2, seed=0)
+    order = shuffled(4, 0, "documents").tolist()
+    assert batches.describe([0]) == f"rows 0 of 3 (documents {order[0]}, {order[1]})"
+    assert batches.describe([0, 2, 1], most=2).startswith("rows 0, 2 and 1 more of 3 (documents ")
+
+
+@settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(2, 16), st.integers(1, 5), st.integers(0, 3), st.booleans())
 def test_an_epoch_is_every_row_once_in_an_order_of_its_own(lengths, seq_len, batch_size, seed, packed):
     lengths = [seq_len, *lengths]

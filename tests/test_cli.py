@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from nsa_compile import NSACache, NSAConfig, NSALanguageModel, cli, demo, options, terminal
-from nsa_compile.train import METRICS_FILE, find_checkpoint
+from nsa_compile.checkpoints import find_checkpoint
+from nsa_compile.metrics import METRICS_FILE
 
 SIZES = {
     "seq-len": 24, "batch-size": 2, "warmup": 2, "eval-batches": 1, "n-layers": 1, "dim": 16, "n-heads": 2,

@@ -12,14 +12,16 @@ import torch
 from models import needs_compiler
 
 from nsa_compile import NSAConfig, NSALanguageModel
+from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.data import Corpus, build_shards, unigram_entropy
-from nsa_compile.train import METRICS_FILE, TrainConfig, find_checkpoint, make_optimizer, train
+from nsa_compile.metrics import METRICS_FILE
+from nsa_compile.train import TrainConfig, check_mesh, make_batches, make_optimizer, train
 
 MODEL = NSAConfig(
     dim=16, n_heads=2, n_kv_groups=1, d_k=8, d_v=8, l=4, d=2, l_sel=4, n_sel=3, w=6, n_layers=1, vocab_size=256
 )
 CONFIG = TrainConfig(
-    steps=8, seq_len=24, batch_size=2, lr=1e-2, warmup=2, compile=False, eval_every=4, eval_batches=2, save_every=3
+    steps=8, seq_len=24, batch_size=2, lr=1e-2, warmup=2, compile="none", eval_every=4, eval_batches=2, save_every=3
 )
 
 
@@ -64,7 +66,8 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
 @pytest.mark.parametrize(
     "name, value",
     [("steps", 0), ("seq_len", 1), ("batch_size", 0), ("lr", 0.0), ("lr", math.nan), ("warmup", -1), ("clip", -1.0),
-     ("final_lr", 2.0), ("dtype", "fp8"), ("weight_decay", -0.1), ("save_every", 0), ("max_documents", 0)],
+     ("final_lr", 2.0), ("dtype", "fp8"), ("weight_decay", -0.1), ("save_every", 0), ("max_documents", 0),
+     ("keep", 0), ("timeout", 0.0), ("compile", "all"), ("checkpointing", "some"), ("peak_tflops", -1.0)],
 )  # fmt: skip
 def test_bad_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected .*, got"):
@@ -144,7 +147,7 @@ def test_a_second_sigint_ends_the_run_at_once(corpus, tmp_path):
 @needs_compiler
 def test_compiled_training_resumes_exactly(corpus, tmp_path):
     torch.compiler.reset()
-    config = dataclasses.replace(CONFIG, steps=4, save_every=2, compile=True)
+    config = dataclasses.replace(CONFIG, steps=4, save_every=2, compile="model")
     train(make_model(), corpus, config, tmp_path / "whole")
 
     def interrupt(metrics):
@@ -213,8 +216,68 @@ def test_a_half_written_checkpoint_does_not_count(corpus, tmp_path):
     assert train(make_model(), corpus, CONFIG, tmp_path).checkpoint.name == "step-000008"
 
 
-def test_bf16_trains_weights_of_that_type(corpus, tmp_path):
+def test_bf16_computes_with_fp32_weights(corpus, tmp_path):
     model = make_model()
-    train(model, corpus, dataclasses.replace(CONFIG, dtype="bf16", steps=2), tmp_path)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    classes = [type(module) for module in model.modules()]
+    train(model, corpus, dataclasses.replace(CONFIG, dtype="bf16", steps=2, checkpointing="selective"), tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("forward" in vars(module) for module in model.modules())
     assert NSALanguageModel.from_pretrained(find_checkpoint(tmp_path), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "joined"])
+def test_accumulated_parts_are_one_batch(corpus, tmp_path, packed):
+    """Parts of unequal numbers of targets, each weighted by its own."""
+    config = dataclasses.replace(CONFIG, batch_size=4, steps=4, packed=packed)
+    runs = {}
+    for parts in (1, 2, 4):
+        model = make_model()
+        train(model, corpus, dataclasses.replace(config, accumulate=parts), tmp_path / str(parts))
+        runs[parts] = losses(tmp_path / str(parts)), model.state_dict()
+    for parts in (2, 4):
+        for now, before in zip(runs[parts][0], runs[1][0], strict=True):
+            assert [x for x in now if x] == pytest.approx([x for x in before if x], rel=2e-5)
+        for name, weight in runs[parts][1].items():
+            torch.testing.assert_close(weight, runs[1][1][name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_non_finite_loss_names_its_rows(corpus, tmp_path):
+    model, config = make_model(), dataclasses.replace(CONFIG, batch_size=4, accumulate=2)
+    rows = make_batches(corpus.train, config, seed=config.seed).rows(0, rank=1, world_size=2)
+    loss, calls = model.loss, []
+
+    def poisoned(ids, cu_seqlens=None):
+        calls.append(ids)
+        return loss(ids, cu_seqlens) * (math.nan if len(calls) == 2 else 1.0)
+
+    model.loss = poisoned
+    with pytest.raises(FloatingPointError, match=rf"step 1, got nan for rows {rows[0]}, {rows[1]} of \d+ \(documents "):
+        train(model, corpus, config, tmp_path)
+
+
+def test_settings_that_do_not_divide_are_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match="accumulate: expected a divisor of batch_size = 2, got 3"):
+        dataclasses.replace(CONFIG, accumulate=3)
+    for shape, changes, words in (
+        ((2, 1, 1), {"accumulate": 2}, r"batch_size: expected a multiple of dp \* accumulate = 2 \* 2, got 2"),
+        ((1, 1, 1), {"compile": "model"}, "compile: expected 'block' or 'none' with a mesh, .* got 'model'"),
+        ((1, 1, 2), {}, "tp: expected a divisor of n_kv_groups = 1, got 2"),
+        ((1, 2, 1), {"seq_len": 25}, r"seq_len: expected rows of a multiple of 2 \* cp \* d = 8 tokens, .* got 50"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_mesh(dataclasses.replace(CONFIG, **changes), MODEL, shape)
+    dense = dataclasses.replace(MODEL, attention="dense")
+    with pytest.raises(ValueError, match="cp: expected 1 for attention 'dense', got 2"):
+        check_mesh(CONFIG, dense, (1, 2, 1))
+
+
+def test_auto_resume_starts_or_continues(corpus, tmp_path, unbroken):
+    def interrupt(metrics):
+        if metrics.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(make_model(), corpus, CONFIG, tmp_path, resume="auto", on_step=interrupt)
+    assert (result.step, result.signal) == (2, "SIGTERM")
+    train(make_model(seed=1), corpus, CONFIG, tmp_path, resume="auto")
+    assert losses(tmp_path) == losses(unbroken[0])

@@ -3,7 +3,7 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -103,18 +103,51 @@ class PackedBatches:
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
         """What a rank computes on in a step, counted from 0."""
+        return self._assemble(self.rows(step, rank=rank, world_size=world_size))
+
+    def rows(self, step: int, *, rank: int = 0, world_size: int = 1) -> list[int]:
+        """The rows of `batch`, numbered as they are cut."""
         self._check(step, rank, world_size)
         share = self.batch_size // world_size
         first = step * self.batch_size + rank * share
-        return self._assemble([self._row_of(sample) for sample in range(first, first + share)])
+        return [self._row_of(sample) for sample in range(first, first + share)]
 
     def evenly_spaced(self, n_batches: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Batches of rows that are evenly spaced over an epoch, always the same ones."""
+        for rows in self.evenly_spaced_rows(n_batches, rank=rank, world_size=world_size):
+            yield self._assemble(rows)
+
+    def evenly_spaced_rows(self, n_batches: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        """The rows of each batch of `evenly_spaced`."""
         self._check(0, rank, world_size)
         share, n = self.batch_size // world_size, n_batches * self.batch_size
-        for step in range(n_batches):
-            first = step * self.batch_size + rank * share
-            yield self._assemble([i * self.rows_per_epoch // n for i in range(first, first + share)])
+        firsts = (step * self.batch_size + rank * share for step in range(n_batches))
+        return [[i * self.rows_per_epoch // n for i in range(first, first + share)] for first in firsts]
+
+    def lengths(self, rows: Iterable[int]) -> np.ndarray:
+        """Tokens of each sequence that attention sees in rows, int64 [pieces], without reading any."""
+        if not self.packed:
+            return np.array([self.seq_len for _ in rows], np.int64)
+        pieces = []
+        for row in rows:
+            start, stop = self._rows[row]
+            inner = self._starts[np.searchsorted(self._starts, start, side="right") :]
+            inner = inner[: np.searchsorted(inner, stop, side="left")]
+            pieces.append(np.diff(np.concatenate([[start], inner, [stop]])))
+        return np.concatenate(pieces)
+
+    def n_targets(self, rows: Iterable[int]) -> int:
+        """Tokens that a piece of a document predicts in rows, as a `Batch` of them says."""
+        return int((self.lengths(rows) - 1).sum())
+
+    def describe(self, rows: Sequence[int], most: int = 16) -> str:
+        """Which rows, and the numbers of the documents they have pieces of, in the order of the shards."""
+        documents: list[int] = []
+        for row in rows:
+            start, stop = self._rows[row]
+            first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            documents += self._order[first : int(np.searchsorted(self._starts, stop, side="left"))].tolist()
+        return f"rows {_some(rows, most)} of {self.rows_per_epoch} (documents {_some(documents, most)})"
 
     def _check(self, step: int, rank: int, world_size: int) -> None:
         if step < 0:
@@ -150,6 +183,11 @@ class PackedBatches:
         cu_seqlens = torch.full((len(rows) * self.max_documents + 1,), at, dtype=torch.int32)
         cu_seqlens[: len(ends)] = torch.tensor(ends, dtype=torch.int32)
         return Batch(ids[None], cu_seqlens, at - (len(ends) - 1))
+
+
+def _some(numbers: Sequence[int], most: int) -> str:
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
 
 
 def shuffled(n: int, *key: object) -> np.ndarray:

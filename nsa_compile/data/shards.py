@@ -88,7 +88,14 @@ class TokenShards:
         while done < len(out):
             first = start + done - int(self._bounds[shard])
             n = min(self.shards[shard].tokens - first, len(out) - done)
-            out[done : done + n] = self._map(shard)[first : first + n]
+            here = self._map(shard)[first : first + n]
+            if n and int(here.max()) >= self.vocab_size:
+                path = self.shards[shard].files(self.folder)[0]
+                raise ValueError(
+                    f"data: expected tokens below {self.vocab_size} in {path}, got {int(here.max())}: is it another "
+                    "tokenizer's?"
+                )
+            out[done : done + n] = here
             shard, done = shard + 1, done + n
         return torch.from_numpy(out)
 
@@ -113,7 +120,10 @@ class TokenShards:
 
     def _map(self, index: int) -> np.ndarray:
         if index not in self._maps:
-            self._maps[index] = np.memmap(self.shards[index].files(self.folder)[0], self.type, mode="r")
+            shard = self.shards[index]
+            path, _ = shard.files(self.folder)
+            _check_size(path, shard.tokens * self.type.itemsize)  # a map of what is not there would end the process
+            self._maps[index] = np.memmap(path, self.type, mode="r")
         return self._maps[index]
 
 

@@ -9,13 +9,13 @@ import torch
 import typer
 from rich.console import Console
 
+from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.config import NSAConfig
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import Attention, Compile, DType, find_device, free_folder
 from nsa_compile.profile.run import MODES, TENSORBOARD, TRACE_FILE, ProfileConfig, default_sizes, run_profile
 from nsa_compile.profile.summary import diff, load_summary, say_diff, say_profile
 from nsa_compile.terminal import can_compile, one_thread
-from nsa_compile.train import find_checkpoint
 
 SIZES_SHOWN = "small on a CPU, the paper's on CUDA"
 Size = Annotated[int | None, typer.Option(show_default=SIZES_SHOWN)]

@@ -170,7 +170,7 @@ class _Work:
         optimizer = make_optimizer(self.model, settings)
         loss = self.model.loss if compiled is None else torch.compile(self.model.loss, **compiled)
         batch = Batch(ids, None, ids.numel() - len(ids))
-        return lambda: update(self.model, optimizer, loss, batch, settings, 1)
+        return lambda: update(self.model, optimizer, loss, [(batch, 1.0)], settings, 1)
 
     def _prefill(self, called: nn.Module, cache: NSACache, ids: torch.Tensor) -> Callable[[], object]:
         @torch.no_grad()
