@@ -119,6 +119,12 @@ class MLPCompressor(MeanCompressor):
         return (mean.to(dtype) + learned.to(dtype)).to(x.dtype)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a product with its weight and nothing else."""
+    plain = type(layer) is nn.Linear and layer.bias is None
+    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class PackedProjections(nn.Module):
     """A layer with bias-free projections `W_*` of its input, which a step of a few tokens can take in one product.
 
@@ -134,13 +140,10 @@ class PackedProjections(nn.Module):
         Moving or converting the layer undoes it.
         """
         layers = list(self._projections().values())
+        if self._is_packed(layers) or not all(is_plain(x) and type(x.weight) is nn.Parameter for x in layers):
+            return
         weights = tuple(cast(nn.Parameter, layer.weight) for layer in layers)
-        plain = all(
-            type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None
-            and not layer._forward_hooks and not layer._forward_pre_hooks
-            for layer in layers
-        )  # fmt: skip
-        if not plain or len({(w.dtype, w.device) for w in weights}) > 1 or self._is_packed(weights):
+        if len({(w.dtype, w.device) for w in weights}) > 1:
             return
         with torch.inference_mode(False):  # parameters take no data of an inference tensor
             packed = torch.cat([w.detach() for w in weights])
@@ -152,18 +155,21 @@ class PackedProjections(nn.Module):
     def project(self, x: Tensor, *, few: bool) -> dict[str, Tensor]:
         """x [b, t, dim] through each `W_*`, by name; with `few` tokens and no gradient by one product if packed."""
         layers = self._projections()
-        weights = tuple(layer.weight for layer in layers.values())
-        if not few or torch.is_grad_enabled() or not self._is_packed(weights):
+        if not few or torch.is_grad_enabled() or not self._is_packed(list(layers.values())):
             return {name: layer(x) for name, layer in layers.items()}
         assert self._packed is not None
-        parts = nn.functional.linear(x, self._packed[0]).split([w.shape[0] for w in weights], -1)
+        packed, weights = self._packed
+        parts = nn.functional.linear(x, packed).split([w.shape[0] for w in weights], -1)
         return dict(zip(layers, parts, strict=True))
 
     def _projections(self) -> dict[str, nn.Linear]:
         return {name: layer for name, layer in self._modules.items() if name.startswith("W_")}  # type: ignore[misc]
 
-    def _is_packed(self, weights: tuple[Tensor, ...]) -> bool:
-        return self._packed is not None and all(a is b for a, b in zip(self._packed[1], weights, strict=True))
+    def _is_packed(self, layers: list[nn.Linear]) -> bool:
+        """Whether the weights that were packed are those of the layers now."""
+        if self._packed is None:
+            return False
+        return all(is_plain(x) and x.weight is w for x, w in zip(layers, self._packed[1], strict=True))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._packed = None  # the parameters get memory of their own

@@ -338,8 +338,11 @@ def test_projections_with_hooks_are_left_alone(device):
     model.layers[0].attn.W_Q.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     first, second = pack(model)
     assert first._packed is None and second._packed is not None
-    DecodeGraph(model, NSACache.for_model(model, 1, 8), capture=False)
+    graph = DecodeGraph(model, NSACache.for_model(model, 1, 8), capture=False)
     assert seen
+    model.layers[1].attn.W_Q.register_forward_hook(lambda module, inputs, output: seen.append("late"))
+    graph.step()
+    assert "late" in seen
 
 
 # --- prefill and cache -----------------------------------------------------------------------------------------------
