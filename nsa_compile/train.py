@@ -244,7 +244,9 @@ def train(
     batches = make_batches(corpus.train, config, seed=config.seed)
     held_out = make_batches(corpus.validation, config, seed=None, max_documents=batches.max_documents)
     facts = {"config": dataclasses.asdict(config), "text": corpus.digest()}
-    checkpoints = Checkpoints(out, keep=config.keep, group=ranks.group)
+    # a group of their own: their thread and this one would mix up the order of what they send
+    group = None if mesh is None else dist.new_group(backend="gloo")
+    checkpoints = Checkpoints(out, keep=config.keep, group=group)
     with ExitStack() as stack:
         loss_function = stack.enter_context(prepared(model, config, mesh))
         optimizer = make_optimizer(model, config)
