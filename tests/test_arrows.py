@@ -19,6 +19,7 @@ LAYERS = {
     "module": {"ops", "custom_ops", "config"},
     "model": {"ops", "custom_ops", "config", "graphs", "module"},
     "data": set(),
+    "hf": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "train": {"ops", "custom_ops", "config", "graphs", "module", "model", "data"},
     "options": set(),
