@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from nsa_compile.config import NSAConfig
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
-from nsa_compile.module import GateMLP, MLPCompressor
+from nsa_compile.module import MLPCompressor
 from nsa_compile.ops.checks import check_tensor, values_are_visible
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -253,6 +253,8 @@ def _lay_out(
         if cu_seqlens is not None:
             b = 1  # rows become one
     if cu_seqlens is not None:
+        if b != 1:
+            raise ValueError(f"cu_seq_lens_q: expected a batch of 1 packed row, got a batch of {b}")
         if cached or mask is not None:
             other = "a cache" if cached else "an attention_mask with padding"
             name = "cu_seq_lens_q, position_ids"
@@ -297,17 +299,16 @@ class NsaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As `NSALanguageModel.reset_parameters`, module by module, with biases of 0."""
+        """As `NSALanguageModel.reset_parameters`, with biases of 0.
+
+        The library asks for modules with weights of their own only, so a layer knows its width itself.
+        """
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=getattr(module, "initial_std", 0.02))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.RMSNorm, nn.Conv1d, GateMLP, MLPCompressor)):
+        elif isinstance(module, (nn.RMSNorm, nn.Conv1d, MLPCompressor)):
             module.reset_parameters()
-        elif isinstance(module, LlamaBlockNSA):
-            for layer in (module.attn.out, module.mlp.down):
-                assert isinstance(layer, nn.Linear)
-                nn.init.normal_(layer.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
 
 
 class NsaModel(NsaPreTrainedModel):
@@ -319,6 +320,11 @@ class NsaModel(NsaPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(NsaBlock(config=sizes) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        for name, module in self.layers.named_modules():
+            if name.endswith((".out", ".down")):  # they write to the residual stream
+                module.initial_std = 0.02 / (2 * config.n_layers) ** 0.5
+            elif name.endswith(".fc2"):  # gates and φ start even
+                module.initial_std = 0.0
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -437,9 +443,11 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         """The mask as it is: no mask of four axes is made."""
         return attention_mask
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The library's, with a mask for the new tokens only: all decode steps then have one shape."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         mask = inputs.get("attention_mask")
         if mask is not None:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
