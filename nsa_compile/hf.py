@@ -61,7 +61,10 @@ class NsaConfig(PreTrainedConfig):
         super().__init__(tie_word_embeddings=tied, **kwargs)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.to_dict() == other.to_dict()
+        return type(self) is type(other) and self._told() == other._told()
+
+    def _told(self) -> dict[str, Any]:
+        return {k: v for k, v in self.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
 
     def sizes(self) -> NSAConfig:
         """The config of the layers, checked anew."""
@@ -248,16 +251,16 @@ def _lay_out(
         shape = tuple(check_tensor("position_ids", position_ids).shape)
         if shape not in ((b, t), (1, t)):
             raise ValueError(f"position_ids: expected shape [{b}, {t}], got {shape}")
-        if cu_seqlens is None and t > 1:
-            cu_seqlens = _packed_by_positions(position_ids.expand(b, t), mask, cached)
-        if cu_seqlens is not None:
-            b = 1  # rows become one
+    name = "cu_seq_lens_q"
     if cu_seqlens is not None:
         if b != 1:
-            raise ValueError(f"cu_seq_lens_q: expected a batch of 1 packed row, got a batch of {b}")
+            raise ValueError(f"{name}: expected a batch of 1 packed row, got a batch of {b}")
+    elif position_ids is not None and t > 1:
+        name = "position_ids"
+        cu_seqlens = _packed_by_positions(position_ids.expand(b, t), mask, cached)
+    if cu_seqlens is not None:
         if cached or mask is not None:
             other = "a cache" if cached else "an attention_mask with padding"
-            name = "cu_seq_lens_q, position_ids"
             raise ValueError(f"{name}: expected no packed sequences together with {other}, got both")
         return _Rows(cu_seqlens=cu_seqlens.to(torch.int32))
     if mask is None:
@@ -451,7 +454,7 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         mask = inputs.get("attention_mask")
         if mask is not None:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            inputs["attention_mask"] = mask[:, -tokens.shape[1] :]
+            inputs["attention_mask"] = mask[:, -tokens.shape[1] :].clone(memory_format=torch.contiguous_format)
         return inputs
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:

@@ -84,7 +84,9 @@ def test_initial_weights_are_those_of_the_language_model():
     model, ours = NsaForCausalLM(NsaConfig(**SIZES | {"dim": 256})), NSALanguageModel(NSAConfig(**SIZES | {"dim": 256}))
     other = model.to_language_model()
     for (name, weight), expected in zip(other.named_parameters(), ours.parameters(), strict=True):
-        if not name.endswith("bias"):
+        if not expected.any():
+            assert not weight.any(), name
+        elif weight.numel() > 500:
             assert float(weight.std(correction=0)) == pytest.approx(float(expected.std(correction=0)), rel=0.2), name
 
 
@@ -197,7 +199,8 @@ BAD = {
         {"position_ids": RESTART, "attention_mask": PADDED}, ValueError, "expected no packed sequences together with",
     ),
     "ends-padded": (
-        {"cu_seq_lens_q": ENDS, "attention_mask": PADDED}, ValueError, "expected no packed sequences together with",
+        {"input_ids": ONES[:1], "cu_seq_lens_q": ENDS, "attention_mask": PADDED[1:]}, ValueError,
+        "expected no packed sequences together with",
     ),
     "ends-rows": ({"cu_seq_lens_q": ENDS}, ValueError, "cu_seq_lens_q: expected a batch of 1 packed row"),
     "ids-values": ({"input_ids": ONES * 31}, ValueError, r"input_ids: expected values in 0 … 30, got 31 … 31"),
@@ -410,7 +413,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant):
 @needs_compiler
 @pytest.mark.parametrize("layout", ["whole", "left", "packed", "ends"])
 def test_compiles_to_one_graph_with_its_backward(layout):
-    model = make(torch.float32)
+    model = make(torch.float32, n_layers=1)
     padded, mask, _ = pad(draw_ids(3, 40), "left")
     labels = padded.masked_fill(mask == 0, -100) if layout == "left" else padded
     inputs = {"input_ids": padded, "labels": labels}
@@ -445,7 +448,7 @@ def test_compiled_call_refuses_a_hole():
 
 @needs_compiler
 def test_generate_compiles_its_step_once():
-    model, ids = make(torch.float32), draw_ids(3, 40)
+    model, ids = make(torch.float32, n_layers=1), draw_ids(3, 40)
     padded, mask, _ = pad(ids, "left")
     how = transformers.CompileConfig(mode="default", fullgraph=True, dynamic=False)
     how._compile_all_devices = True
