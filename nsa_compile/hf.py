@@ -91,12 +91,15 @@ class NsaCache(Cache):
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
         super().__init__(layers=[])
         self._model = getattr(model, model.base_model_prefix, model)
-        device = model.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-        self.nsa = NSACache.for_model(self._model, batch, capacity, dtype=dtype, device=_single_device(model))
+        self._placement = _placement(model)
+        self.nsa = self._allocate(batch, capacity)
         with torch.inference_mode(False):
             self.columns = torch.zeros(1, dtype=torch.int64, device=self.nsa.positions.device)
         torch._dynamo.mark_static_address(self.columns)
+
+    def _allocate(self, batch: int, capacity: int) -> NSACache:
+        dtype, _ = self._placement
+        return NSACache.for_model(self._model, batch, capacity, dtype=dtype, device=_single_device(self._model))
 
     def __len__(self) -> int:
         return len(self.nsa.layers)
@@ -148,14 +151,24 @@ class NsaCache(Cache):
         for tensor in self.nsa.tensors():
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, but for no tokens."""
+        if tokens_to_remove:
+            raise ValueError(f"{CACHE}: expected no crop (no tokens are taken back), got one by {tokens_to_remove}")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused."""
+        raise ValueError(f"{CACHE}: expected as many rows as it was made for, got {repeats} times as many")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused."""
+        raise ValueError(f"{CACHE}: expected as many rows as it was made for, got a selection of them")
+
     def make_room(self, t: int) -> None:
         """Count t more columns on the host, and grow where they do not fit."""
         held = max(self.nsa.host_lengths)
         if held + t > self.nsa.capacity:
-            grown = NSACache.for_model(
-                self._model, self.nsa.batch, max(held + t, 2 * self.nsa.capacity), dtype=self.nsa.dtype,
-                device=_single_device(self._model),
-            )  # fmt: skip
+            grown = self._allocate(self.nsa.batch, max(held + t, 2 * self.nsa.capacity))
             for new, old in zip(grown.tensors(), self.nsa.tensors(), strict=True):
                 # what is in order stays in order, and a ring keeps its length
                 (new[:, : old.shape[1]] if old.ndim == 4 else new).copy_(old)
@@ -171,9 +184,14 @@ class NsaCache(Cache):
 
     def serves(self, batch: int, capacity: int, model: PreTrainedModel) -> bool:
         """Whether it can be used again for another call of `generate`."""
-        first = next(model.parameters())
-        same = (self.nsa.dtype, self.nsa.positions.device) == (first.dtype, first.device)
-        return same and self.nsa.batch == batch and self.nsa.capacity >= capacity
+        return self.nsa.batch == batch and self.nsa.capacity >= capacity and self._placement == _placement(model)
+
+
+def _placement(model: PreTrainedModel) -> tuple[torch.dtype, set[torch.device]]:
+    """Type of the keys and values that a model computes, and the devices of its weights."""
+    kind = model.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return dtype, {parameter.device for parameter in model.parameters()}
 
 
 def _single_device(model: nn.Module) -> torch.device | None:
@@ -441,6 +459,13 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
 
+    def free_cache(self) -> None:
+        """Give back the memory of the cache that `generate` keeps for its next call."""
+        self._generation_cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_generation_cache": None}
+
     @staticmethod
     def create_masks_for_generate(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The mask as it is: no mask of four axes is made."""
@@ -480,7 +505,7 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is False:
             return
         batch = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        capacity = max(max_cache_length, generation_config.max_cache_len or 0)
+        capacity = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
         cache = self._generation_cache
         if cache is None or not cache.serves(batch, capacity, self):
             cache = NsaCache(self, batch, capacity)

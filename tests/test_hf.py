@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from models import LAYER, draw_ids, make_model, needs_compiler, randomize
 
 import nsa_compile
-from nsa_compile import NSAConfig, NSALanguageModel
+from nsa_compile import NSACache, NSAConfig, NSALanguageModel
 
 transformers = pytest.importorskip("transformers")
 
@@ -303,9 +306,15 @@ def test_generate_uses_its_cache_again():
     model.generate(ids[:1], max_new_tokens=10, do_sample=False)
     assert model._generation_cache is not cache
     model.float().generate(ids[:1], max_new_tokens=10, do_sample=False)
-    assert model._generation_cache.nsa.dtype == torch.float32
+    buffers = model._generation_cache.nsa.layers[0].buffers
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
-        model.generate(ids, max_new_tokens=3, do_sample=False)
+        model.generate(ids[:1], max_new_tokens=3, do_sample=False)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied._generation_cache is None
+        assert_same(copied(ids).logits, model(ids).logits)
+    model.free_cache()
+    assert model._generation_cache is None
 
 
 def test_calls_with_a_cache_equal_one_call():
@@ -325,6 +334,14 @@ def test_calls_with_a_cache_equal_one_call():
         assert_same(torch.cat(parts, 1)[row, first:], full[row, first:])
 
 
+def test_each_layer_has_its_cache_where_it_lies():
+    model = make_model()
+    model.layers[1].to("meta")
+    first, second = NSACache.for_model(model, 2, 20).layers
+    assert {x.device.type for x in first.tensors()} == {"cpu"}
+    assert {x.device.type for x in second.tensors()} == {"meta"}
+
+
 def test_what_the_cache_cannot_do_is_refused():
     model, ids = make(), draw_ids(1, 20)
     with pytest.raises(ValueError, match="cache_implementation: expected None, 'static' or 'dynamic', got 'quantized'"):
@@ -333,7 +350,7 @@ def test_what_the_cache_cannot_do_is_refused():
         cache = transformers.StaticCache(model.config, max_cache_len=30)
         model.generate(ids, max_new_tokens=4, **{CACHE: cache})
     with pytest.raises(ValueError, match="crop"):
-        model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=3)
+        model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=3, eos_token_id=30)
 
 
 # training

@@ -160,11 +160,6 @@ class NSACache:
         """Tokens in the cache, int32 [batch], on the device (of the first layer)."""
         return self.layers[0].positions
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of keys and values."""
-        return next(iter(self.layers[0].buffers.values())).dtype
-
     def nbytes(self) -> int:
         """Memory of all buffers in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors())
