@@ -20,6 +20,7 @@ LAYERS = {
     "storage": set(),
     "model": {"ops", "custom_ops", "config", "graphs", "module", "storage"},
     "data": set(),
+    "hf": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "checkpoints": {"model", "data", "storage"},
     "metrics": {"ops", "custom_ops", "config", "module", "model", "data"},
@@ -35,6 +36,7 @@ LAYERS = {
         "checkpoints",
         "metrics",
         "faults",
+        "launch",
     },
     "train_command": {
         "config",

@@ -92,6 +92,11 @@ class LayerCache:
         self.positions.copy_((self.positions + ends).clamp_max(self.capacity))
 
 
+def first_parameter(module: nn.Module) -> nn.Parameter:
+    """The first floating-point parameter of a module."""
+    return next(p for p in module.parameters() if p.is_floating_point())
+
+
 class NSACache:
     """Static caches of all attention layers of a model, for `batch` rows of up to `capacity` tokens.
 
@@ -116,7 +121,8 @@ class NSACache:
             model: an `NSALanguageModel`, an `NSAAttention`, or any module that contains such layers (compiled or not).
             batch: rows.
             capacity: tokens per row, prompt and generated ones together.
-            dtype, device: of keys and values; default those of the model's first floating-point parameter.
+            dtype, device: of keys and values; default the type of the model's first floating-point parameter, and for
+                each layer the device of its own first one.
 
         Raises: ValueError or TypeError for sizes below 1, a model without attention layers, or a type that is no float.
         """
@@ -129,11 +135,13 @@ class NSACache:
         modules = [m for m in model.modules() if hasattr(m, "cache_layout")]
         if not modules:
             raise ValueError(f"model: expected a module with attention layers, got {type(model).__name__} without any")
-        parameter = next(p for p in model.parameters() if p.is_floating_point())
-        dtype, device = dtype or parameter.dtype, torch.device(device or parameter.device)
+        dtype = dtype or first_parameter(model).dtype
         with torch.inference_mode(False):
-            layouts = [cast(Any, module).cache_layout(capacity) for module in modules]
-            layers = [LayerCache(layout, g, batch, capacity, dtype, device) for layout, g in layouts]
+            layers = []
+            for module in modules:
+                layout, g = cast(Any, module).cache_layout(capacity)
+                place = torch.device(device or first_parameter(module).device)
+                layers.append(LayerCache(layout, g, batch, capacity, dtype, place))
         cache = cls(modules, layers, batch, capacity)
         for tensor in cache.tensors():
             torch._dynamo.mark_static_address(tensor)
@@ -152,7 +160,7 @@ class NSACache:
 
     @property
     def positions(self) -> Tensor:
-        """Tokens in the cache, int32 [batch], on the device."""
+        """Tokens in the cache, int32 [batch], on the device (of the first layer)."""
         return self.layers[0].positions
 
     def nbytes(self) -> int:

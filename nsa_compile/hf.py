@@ -1,0 +1,546 @@
+"""Native Sparse Attention in transformers (extra `hf`): importing this module registers config and models with Auto*.
+
+    import nsa_compile.hf
+    model = AutoModelForCausalLM.from_config(nsa_compile.hf.NsaConfig(dim=512, n_heads=16, ...))
+
+A padded batch comes with `attention_mask` [b, t], its rows padded on the left or the right. Packed sequences come as
+the library's collator passes them: `position_ids` that start anew, or `cu_seq_lens_q`. `generate` decodes through an
+`NsaCache`: an `NSACache` with the interface of a transformers cache.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from nsa_compile.config import NSAConfig
+from nsa_compile.graphs.cache import NSACache
+from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
+from nsa_compile.module import MLPCompressor
+from nsa_compile.ops.checks import check_tensor, values_are_visible
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a cache among a model's arguments and outputs; it was renamed within version 5."""
+FIELDS = tuple(field.name for field in dataclasses.fields(NSAConfig) if field.name != "tie_embeddings")
+ROOM = 128
+"""Least capacity of a cache that a model makes by itself; it doubles when it is full."""
+
+
+class NsaConfig(PreTrainedConfig):
+    """`NSAConfig` as a transformers config: the same names and defaults, the library's names as aliases.
+
+    Raises: ValueError or TypeError naming the argument, what was expected and what came.
+    """
+
+    model_type = "nsa"
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012 (the library's name for it)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "dim", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_groups",
+        "num_hidden_layers": "n_layers", "tie_embeddings": "tie_word_embeddings",
+    }  # fmt: skip
+
+    def __init__(
+        self, *, use_cache: bool = True, pad_token_id: int | None = None, bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                kwargs.setdefault(name, kwargs.pop(alias))
+        tied = kwargs.pop("tie_word_embeddings", NSAConfig.tie_embeddings)
+        sizes = NSAConfig(tie_embeddings=tied, **{name: kwargs.pop(name) for name in FIELDS if name in kwargs})
+        for name in FIELDS:
+            setattr(self, name, getattr(sizes, name))
+        self.use_cache = use_cache
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        super().__init__(tie_word_embeddings=tied, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._told() == other._told()
+
+    def _told(self) -> dict[str, Any]:
+        return {k: v for k, v in self.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+
+    def sizes(self) -> NSAConfig:
+        """The config of the layers, checked anew."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
+        return NSAConfig(tie_embeddings=self.tie_word_embeddings, **values)
+
+    @classmethod
+    def from_sizes(cls, sizes: NSAConfig, **kwargs: Any) -> Self:
+        """The config of an `NSALanguageModel`; `kwargs` as in `NsaConfig`."""
+        return cls(**dataclasses.asdict(sizes), **kwargs)
+
+
+class NsaCache(Cache):
+    """An `NSACache` that transformers' `generate` can drive, for `batch` rows of `capacity` tokens, padding counted.
+
+    In eager calls it grows when it is full; `generate` makes it as long as its call needs, so that it stays where it
+    is. Rows follow beams (`reorder_cache`); tokens are not taken back, so assisted decoding is refused by the library.
+    """
+
+    is_compileable = True
+    is_croppable = False
+    is_initialized = True
+
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
+        super().__init__(layers=[])
+        self._model = getattr(model, model.base_model_prefix, model)
+        self._placement = _placement(model)
+        self.nsa = self._allocate(batch, capacity)
+        with torch.inference_mode(False):
+            self.columns = torch.zeros(1, dtype=torch.int64, device=self.nsa.positions.device)
+        torch._dynamo.mark_static_address(self.columns)
+
+    def _allocate(self, batch: int, capacity: int) -> NSACache:
+        dtype, _ = self._placement
+        return NSACache.for_model(self._model, batch, capacity, dtype=dtype, device=_single_device(self._model))
+
+    def __len__(self) -> int:
+        return len(self.nsa.layers)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(layers={len(self)}, batch={self.nsa.batch}, capacity={self.nsa.capacity})"
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.nsa.batch
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """False for every layer."""
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer."""
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """False for every layer."""
+        return [False] * len(self)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns fed so far, padding counted; a look at the device."""
+        return int(self.columns)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The capacity."""
+        return self.nsa.capacity
+
+    get_max_cache_shape = get_max_length  # its name in earlier versions
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys."""
+        return self.nsa.capacity, 0
+
+    def reset(self) -> None:
+        """Empty all rows."""
+        self.nsa.reset()
+        self.columns.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i continue what row `beam_idx[i]` holds."""
+        for tensor in self.nsa.tensors():
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, but for no tokens."""
+        if tokens_to_remove:
+            raise ValueError(f"{CACHE}: expected no crop (no tokens are taken back), got one by {tokens_to_remove}")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused."""
+        raise ValueError(f"{CACHE}: expected as many rows as it was made for, got {repeats} times as many")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused."""
+        raise ValueError(f"{CACHE}: expected as many rows as it was made for, got a selection of them")
+
+    def make_room(self, t: int) -> None:
+        """Count t more columns on the host, and grow where they do not fit."""
+        held = max(self.nsa.host_lengths)
+        if held + t > self.nsa.capacity:
+            grown = self._allocate(self.nsa.batch, max(held + t, 2 * self.nsa.capacity))
+            for new, old in zip(grown.tensors(), self.nsa.tensors(), strict=True):
+                # what is in order stays in order, and a ring keeps its length
+                (new[:, : old.shape[1]] if old.ndim == 4 else new).copy_(old)
+            grown.host_lengths, grown.host_peaks = self.nsa.host_lengths, self.nsa.host_peaks
+            self.nsa = grown
+        self.nsa.reserve(t)
+
+    def count_columns(self) -> int:
+        """Take the columns from the device, where compiled calls count them; returns how many there are."""
+        held = self.get_seq_length()
+        self.nsa.host_lengths = [held] * self.nsa.batch
+        return held
+
+    def serves(self, batch: int, capacity: int, model: PreTrainedModel) -> bool:
+        """Whether it can be used again for another call of `generate`."""
+        return self.nsa.batch == batch and self.nsa.capacity >= capacity and self._placement == _placement(model)
+
+
+def _placement(model: PreTrainedModel) -> tuple[torch.dtype, set[torch.device]]:
+    """Type of the keys and values that a model computes, and the devices of its weights."""
+    kind = model.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return dtype, {parameter.device for parameter in model.parameters()}
+
+
+def _single_device(model: nn.Module) -> torch.device | None:
+    """Where all layers of a model compute, if their weights lie elsewhere until they do (offloading); else None."""
+    if all(parameter.device.type != "meta" for parameter in model.parameters()):
+        return None
+    hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next(place for place in places if place is not None))
+
+
+class _Rows(NamedTuple):
+    """How a batch is laid out for the layers; outputs go back the same way."""
+
+    lengths: Tensor | None = None
+    """Tokens of each right-padded row, int32 [b]."""
+    cu_seqlens: Tensor | None = None
+    """Ends of packed sequences, int32 [N + 1], with all rows in one."""
+    shift: Tensor | None = None
+    """Padding on the left of each row, int64 [b]."""
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """x [b, t, ...] with its padding rolled to the right, or as one packed row [1, b*t, ...]."""
+        if self.cu_seqlens is not None:
+            return x.flatten(0, 1).unsqueeze(0)
+        return x if self.shift is None else _roll(x, self.shift)
+
+    def restore(self, x: Tensor, b: int) -> Tensor:
+        """The inverse of `arrange`."""
+        if self.cu_seqlens is not None:
+            return x.squeeze(0).unflatten(0, (b, -1))
+        return x if self.shift is None else _roll(x, -self.shift)
+
+
+def _roll(x: Tensor, shift: Tensor) -> Tensor:
+    """Rows of x [b, t, ...] rolled to the left by `shift` int64 [b]."""
+    t = x.shape[1]
+    source = (torch.arange(t, device=x.device) + shift[:, None]) % t
+    return x.gather(1, source.view(*source.shape, *(1,) * (x.ndim - 2)).expand_as(x))
+
+
+def _can_look(x: Tensor) -> bool:
+    """Whether the host may look at values, where need be by waiting for the device."""
+    if values_are_visible(x):
+        return True
+    real = type(x) is Tensor and x.device.type != "meta" and not torch.compiler.is_compiling()
+    return real and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _lay_out(
+    b: int, t: int, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, cached: bool
+) -> _Rows:
+    """Lengths, padding or packed sequences from the arguments that the library passes.
+
+    In a compiled call, where values cannot be looked at, a mask is taken as a padded batch, and `position_ids` without
+    a mask or a cache as packed sequences; a mask with holes fails as an assertion on the device.
+    """
+    mask = None
+    if attention_mask is not None:
+        shape = tuple(check_tensor("attention_mask", attention_mask).shape)
+        if len(shape) != 2 or shape[0] != b or shape[1] < t or (shape[1] > t and not cached):
+            raise ValueError(f"attention_mask: expected shape [{b}, {t}] (1 token, 0 padding), got {shape}")
+        mask = attention_mask[:, shape[1] - t :] != 0
+        if t > 1:
+            begins = mask & ~nn.functional.pad(mask[:, :-1], (1, 0))
+            whole = (begins.sum(1) <= 1).all()
+            message = "attention_mask: expected rows padded on the left or the right, got one with a hole"
+            if not _can_look(mask):
+                torch._assert_async(whole, message)
+            elif not whole:
+                raise ValueError(message)
+            elif mask.all():
+                mask = None
+    if position_ids is not None:
+        shape = tuple(check_tensor("position_ids", position_ids).shape)
+        if shape not in ((b, t), (1, t)):
+            raise ValueError(f"position_ids: expected shape [{b}, {t}], got {shape}")
+    name = "cu_seq_lens_q"
+    if cu_seqlens is not None:
+        if b != 1:
+            raise ValueError(f"{name}: expected a batch of 1 packed row, got a batch of {b}")
+    elif position_ids is not None and t > 1:
+        name = "position_ids"
+        cu_seqlens = _packed_by_positions(position_ids.expand(b, t), mask, cached)
+    if cu_seqlens is not None:
+        if cached or mask is not None:
+            other = "a cache" if cached else "an attention_mask with padding"
+            raise ValueError(f"{name}: expected no packed sequences together with {other}, got both")
+        return _Rows(cu_seqlens=cu_seqlens.to(torch.int32))
+    if mask is None:
+        return _Rows()
+    lengths = mask.sum(1, dtype=torch.int32)
+    return _Rows(lengths, None, mask.to(torch.int32).argmax(1) if t > 1 else None)
+
+
+def _packed_by_positions(position_ids: Tensor, mask: Tensor | None, cached: bool) -> Tensor | None:
+    """Ends [N + 1] of the packed sequences that positions [b, t] tell of; None where each row is one sequence."""
+    begins = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+    if mask is not None:
+        begins = begins & mask & nn.functional.pad(mask[:, :-1], (1, 0))  # between tokens of a row
+    n, look = position_ids.numel(), _can_look(position_ids)
+    if look and not begins[:, 1:].any():
+        return None
+    if look:
+        starts = begins.flatten().nonzero().flatten()
+    elif mask is not None or cached:
+        return None
+    else:  # of a shape that depends on no data
+        index = torch.arange(n, device=begins.device)
+        starts = torch.where(begins.flatten(), index, n).sort().values
+    return nn.functional.pad(starts, (0, 1), value=n)
+
+
+class NsaBlock(GradientCheckpointingLayer, LlamaBlockNSA):
+    """`LlamaBlockNSA` with the library's gradient checkpointing."""
+
+
+class NsaPreTrainedModel(PreTrainedModel):
+    """What `NsaModel` and `NsaForCausalLM` share."""
+
+    config_class = NsaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NsaBlock"]  # noqa: RUF012
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As `NSALanguageModel.reset_parameters`, with biases of 0.
+
+        The library asks for modules with weights of their own only, so a layer knows its width itself.
+        """
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=getattr(module, "initial_std", 0.02))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.RMSNorm, nn.Conv1d, MLPCompressor)):
+            module.reset_parameters()
+
+
+class NsaModel(NsaPreTrainedModel):
+    """Embedding, blocks and RMSNorm of an `NSALanguageModel`."""
+
+    def __init__(self, config: NsaConfig) -> None:
+        super().__init__(config)
+        sizes = config.sizes()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(NsaBlock(config=sizes) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        for name, module in self.layers.named_modules():
+            if name.endswith((".out", ".down")):  # they write to the residual stream
+                module.initial_std = 0.02 / (2 * config.n_layers) ** 0.5
+            elif name.endswith(".fc2"):  # gates and φ start even
+                module.initial_std = 0.0
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, cache: NsaCache | None = None, inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None, cu_seq_lens_q: Tensor | None = None,
+        past_key_values: NsaCache | None = None, **kwargs: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        """Hidden states of the next tokens.
+
+        Args:
+            input_ids, inputs_embeds: int [b, t] or float [b, t, dim], one of them.
+            attention_mask: [b, t], 0 for padding on the left or right of a row; with a cache also [b, past + t].
+            position_ids: [b, t]. Without a cache a sequence begins wherever they do not count on.
+            cache, past_key_values: an `NsaCache` that the tokens continue, under either of its names.
+            use_cache: True without a cache: make one and return it.
+            output_hidden_states: return the inputs of all blocks and the last hidden state.
+            output_attentions: must not be True: no attention weights are there.
+            cu_seq_lens_q: int32 [N + 1], ends of packed sequences, for b = 1.
+            kwargs: what the library passes besides, ignored.
+
+        Raises: ValueError or TypeError naming the argument, before anything is written.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
+        name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        tokens = check_tensor(name, tokens)
+        axes = "" if inputs_embeds is None else ", dim"
+        if tokens.ndim != (3 if axes else 2) or 0 in tokens.shape:
+            raise ValueError(f"{name}: expected shape [b, t{axes}] with b, t >= 1, got {tuple(tokens.shape)}")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions: expected False (no attention weights are computed), got True")
+        b, t = tokens.shape[:2]
+        vocab = self.embed_tokens.num_embeddings
+        if inputs_embeds is None and values_are_visible(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab:
+            low, high = (int(x) for x in tokens.aminmax())
+            raise ValueError(f"input_ids: expected values in 0 … {vocab - 1}, got {low} … {high}")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, NsaCache):
+            raise TypeError(f"{CACHE}: expected an NsaCache, as generate makes it, got {type(cache).__name__}")
+        rows = _lay_out(b, t, attention_mask, position_ids, cu_seq_lens_q, cache is not None)
+        if cache is None and use_cache:
+            cache = NsaCache(self, b, max(t, ROOM))
+        if cache is not None and not torch.compiler.is_compiling():
+            cache.make_room(t)
+
+        x = rows.arrange(tokens)
+        x = self.embed_tokens(x) if inputs_embeds is None else x
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = []
+        for layer in self.layers:
+            hidden_states.append(x)
+            x = layer(x, cache=None if cache is None else cache.nsa, cu_seqlens=rows.cu_seqlens, lengths=rows.lengths)
+        x = rows.restore(self.norm(x), b)
+        if cache is not None:
+            cache.columns.add_(t)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=(*(rows.restore(h, b) for h in hidden_states), x) if wanted else None,
+            **{CACHE: cache},
+        )
+
+
+class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
+    """`NSALanguageModel` for transformers: `generate`, `Trainer`, `from_pretrained` and the rest of the library."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: NsaConfig) -> None:
+        super().__init__(config)
+        self.model = NsaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._generation_cache: NsaCache | None = None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, cache: NsaCache | None = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+        past_key_values: NsaCache | None = None, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """Logits of the next tokens, and with `labels` int64 [b, t] (-100: none) their mean cross-entropy.
+
+        Arguments as in `NsaModel.forward`, and `logits_to_keep`: columns, or the number of last columns that get
+        logits, all by default; of a row padded on the right, those of its last tokens.
+        """
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, cache=past_key_values if cache is None else cache, **kwargs | {"return_dict": True},
+        )  # fmt: skip
+        x = outputs.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            x = x[:, logits_to_keep]
+        elif logits_to_keep and attention_mask is not None and x.shape[1] > 1:
+            t = x.shape[1]
+            padding = (attention_mask[:, -t:] != 0).flip(1).to(torch.int32).argmax(1)  # on the right
+            columns = t - padding[:, None] + torch.arange(-min(logits_to_keep, t), 0, device=x.device)
+            x = x.gather(1, columns.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
+        elif logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        logits = self.lm_head(x)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
+        )
+
+    def free_cache(self) -> None:
+        """Give back the memory of the cache that `generate` keeps for its next call."""
+        self._generation_cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_generation_cache": None}
+
+    @staticmethod
+    def create_masks_for_generate(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """The mask as it is: no mask of four axes is made."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The library's, with a mask for the new tokens only: all decode steps then have one shape."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            inputs["attention_mask"] = mask[:, -tokens.shape[1] :].clone(memory_format=torch.contiguous_format)
+        return inputs
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and generation_config.prefill_chunk_size is not None and not mask[:, -1].all():
+            raise ValueError("prefill_chunk_size: expected None for rows padded on the right, or pad on the left")
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        """Put an `NsaCache` of the needed size among the arguments, the last call's one where it may be used again."""
+        given = model_kwargs.get(CACHE)
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "static", "dynamic"):
+            raise ValueError(f"cache_implementation: expected None, 'static' or 'dynamic', got {implementation!r}")
+        if given is not None:
+            if not isinstance(given, NsaCache):
+                raise TypeError(f"{CACHE}: expected an NsaCache, got {type(given).__name__}")
+            given.make_room(max(0, max_cache_length - given.count_columns()))
+            given.count_columns()
+            return
+        if generation_config.use_cache is False:
+            return
+        batch = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        capacity = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        cache = self._generation_cache
+        if cache is None or not cache.serves(batch, capacity, self):
+            cache = NsaCache(self, batch, capacity)
+        cache.reset()
+        # a step compiled for this cache serves the next call, unless the caller gets it
+        self._generation_cache = None if generation_config.return_dict_in_generate else cache
+        model_kwargs[CACHE] = cache
+
+    @classmethod
+    def from_language_model(cls, model: NSALanguageModel, **kwargs: Any) -> Self:
+        """A model that shares the weights of an `NSALanguageModel`; `kwargs` as in `NsaConfig`."""
+        with torch.device("meta"):
+            new = cls(NsaConfig.from_sizes(model.config, **kwargs))
+        new.load_state_dict({_rename(name): weight for name, weight in model.state_dict().items()}, assign=True)
+        new.tie_weights()
+        return new.train(model.training)
+
+    def to_language_model(self) -> NSALanguageModel:
+        """An `NSALanguageModel` that shares the weights, for `nsa_compile.generate`, `DecodeGraph` and the like."""
+        with torch.device("meta"):
+            new = NSALanguageModel(self.config.sizes())
+        names = {_rename(name): name for name in new.state_dict()}
+        new.load_state_dict({names[name]: weight for name, weight in self.state_dict().items()}, assign=True)
+        if self.config.tie_word_embeddings:
+            new.head.weight = new.embed.weight
+        return new.train(self.training)
+
+
+def _rename(name: str) -> str:
+    """What the parameter `name` of an `NSALanguageModel` is called in an `NsaForCausalLM`."""
+    if name == "head.weight":
+        return "lm_head.weight"
+    return f"model.{name.replace('embed.', 'embed_tokens.')}"
+
+
+AutoConfig.register(NsaConfig.model_type, NsaConfig)
+AutoModel.register(NsaConfig, NsaModel)
+AutoModelForCausalLM.register(NsaConfig, NsaForCausalLM)
