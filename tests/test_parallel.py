@@ -93,7 +93,8 @@ def test_every_op_that_writes_nothing_has_a_rule():
     }
     ops = {name: getattr(torch.ops.nsa_compile, name).default._schema for name in names}
     writing = {name for name, schema in ops.items() if schema.is_mutable}
-    assert set(RULES) == names - writing - {"cache_recall"}
+    refused = {"cache_recall", "linear_cross_entropy"}  # caches; a sum over all tokens, which ranks share by hand
+    assert set(RULES) == names - writing - refused
 
 
 @pytest.mark.parametrize(
