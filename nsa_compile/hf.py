@@ -24,6 +24,7 @@ from nsa_compile.graphs.cache import NSACache
 from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import MLPCompressor
 from nsa_compile.ops.checks import check_tensor, values_are_visible
+from nsa_compile.ops.layout import ends_of_sequences, roll_rows
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls a cache among a model's arguments and outputs; it was renamed within version 5."""
@@ -217,20 +218,13 @@ class _Rows(NamedTuple):
         """x [b, t, ...] with its padding rolled to the right, or as one packed row [1, b*t, ...]."""
         if self.cu_seqlens is not None:
             return x.flatten(0, 1).unsqueeze(0)
-        return x if self.shift is None else _roll(x, self.shift)
+        return x if self.shift is None else roll_rows(x, self.shift)
 
     def restore(self, x: Tensor, b: int) -> Tensor:
         """The inverse of `arrange`."""
         if self.cu_seqlens is not None:
             return x.squeeze(0).unflatten(0, (b, -1))
-        return x if self.shift is None else _roll(x, -self.shift)
-
-
-def _roll(x: Tensor, shift: Tensor) -> Tensor:
-    """Rows of x [b, t, ...] rolled to the left by `shift` int64 [b]."""
-    t = x.shape[1]
-    source = (torch.arange(t, device=x.device) + shift[:, None]) % t
-    return x.gather(1, source.view(*source.shape, *(1,) * (x.ndim - 2)).expand_as(x))
+        return x if self.shift is None else roll_rows(x, -self.shift)
 
 
 def _can_look(x: Tensor) -> bool:
@@ -296,13 +290,8 @@ def _packed_by_positions(position_ids: Tensor, mask: Tensor | None, cached: bool
     if look and not begins[:, 1:].any():
         return None
     if look:
-        starts = begins.flatten().nonzero().flatten()
-    elif mask is not None or cached:
-        return None
-    else:  # of a shape that depends on no data
-        index = torch.arange(n, device=begins.device)
-        starts = torch.where(begins.flatten(), index, n).sort().values
-    return nn.functional.pad(starts, (0, 1), value=n)
+        return nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=n)
+    return None if mask is not None or cached else ends_of_sequences(begins.flatten())
 
 
 class NsaBlock(GradientCheckpointingLayer, LlamaBlockNSA):

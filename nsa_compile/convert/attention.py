@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.nsa import nsa_attention
 from nsa_compile.module import GateMLP, MeanCompressor, MLPCompressor
-from nsa_compile.ops.layout import compressed_slots
+from nsa_compile.ops.layout import compressed_slots, ends_of_sequences, roll_rows
 
 
 class Rows(NamedTuple):
@@ -143,7 +143,7 @@ class ConvertedAttention(nn.Module):
         if rows.first is not None:  # to the right end with the padding
             shift = rows.first
             cos, sin = (y.expand(q.shape[0], -1, -1) for y in (cos, sin))
-            q, k, v, gates, cos, sin = (roll(y, shift) for y in (q, k, v, gates, cos, sin))
+            q, k, v, gates, cos, sin = (roll_rows(y, shift) for y in (q, k, v, gates, cos, sin))
         last = torch.arange(t // self.sizes.d if cu_seqlens is not None else t, device=q.device)
         if cu_seqlens is None:
             last = last[self.sizes.l - 1 :: self.sizes.d]
@@ -151,7 +151,7 @@ class ConvertedAttention(nn.Module):
             _, start, _ = compressed_slots(last.shape[0], cu_seqlens, l=self.sizes.l, d=self.sizes.d)
             last = (start + self.sizes.l - 1).clamp(0, t - 1)
         o = self._attend(q, k, v, gates, (cos, sin), (cos, sin), last, cu_seqlens=cu_seqlens)
-        return o if rows.first is None else roll(o, -rows.first)
+        return o if rows.first is None else roll_rows(o, -rows.first)
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, past: Any, first: Tensor | None) -> Tensor:
         """Attention of new tokens, of which `past` are in the cache before them."""
@@ -160,14 +160,14 @@ class ConvertedAttention(nn.Module):
         shift = None
         if first is not None:
             shift, start = (first - start).clamp(0, t), (start - first).clamp_min(0)
-            k, v = (roll(y, first) for y in (k, v))
-            q, gates = (roll(y, shift) for y in (q, gates))
+            k, v = (roll_rows(y, first) for y in (k, v))
+            q, gates = (roll_rows(y, shift) for y in (q, gates))
         positions = torch.arange(s, device=q.device)
         cos, sin = self._rotary[0](k, positions[None])
         own = (start[:, None] + positions[:t]).clamp_max(s - 1)
         last = positions[self.sizes.l - 1 :: self.sizes.d]
         o = self._attend(q, k, v, gates, (cos[0, own], sin[0, own]), (cos, sin), last, q_start=start.int())
-        return o if shift is None else roll(o, -shift)
+        return o if shift is None else roll_rows(o, -shift)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, turn_q: tuple[Tensor, Tensor],
@@ -196,12 +196,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
-
-
-def roll(x: Tensor, shift: Tensor) -> Tensor:
-    """x [b, t, ...] with row i moved to the left by `shift[i]` [b], what leaves it coming back at its right end."""
-    index = (torch.arange(x.shape[1], device=x.device) + shift[:, None]) % x.shape[1]
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
 def find_rows(
@@ -266,13 +260,7 @@ def packed_rows(position_ids: Tensor, b: int, look: bool) -> Rows:
         if look:
             raise ValueError(f"position_ids: expected a batch of 1 packed row where positions start anew, got {b} rows")
         return Rows()  # compiled: rows that count on
-    t = position_ids.shape[1]
-    starts = nn.functional.pad(starts[0], (1, 0), value=True)
-    number = starts.cumsum(0) - 1
-    ends = torch.full((t + 2,), t, device=starts.device, dtype=torch.int32)
-    index = torch.arange(t, device=starts.device)
-    ends = ends.scatter(0, torch.where(starts, number, t + 1), index.int())
-    return Rows(cu_seqlens=ends[: t + 1])
+    return Rows(cu_seqlens=ends_of_sequences(nn.functional.pad(starts[0], (1, 0), value=True)).int())
 
 
 def describe(mask: object) -> str:

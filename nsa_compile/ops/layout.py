@@ -78,6 +78,23 @@ def visible_slots(layout: QueryLayout, cu_seqlens: Tensor | None, *, l: int, d: 
     return first, first + count
 
 
+def roll_rows(x: Tensor, shift: Tensor) -> Tensor:
+    """Rows of x [b, t, ...] rolled to the left by `shift` int64 [b]; what leaves one comes back at its right end."""
+    t = x.shape[1]
+    source = (torch.arange(t, device=x.device) + shift[:, None]) % t
+    return x.gather(1, source.view(*source.shape, *(1,) * (x.ndim - 2)).expand_as(x))
+
+
+def ends_of_sequences(begins: Tensor) -> Tensor:
+    """`cu_seqlens` int64 [n + 1] of n packed tokens from where sequences begin, bool [n], the first one included.
+
+    Of a shape that depends on no data: behind the last sequence stand empty ones.
+    """
+    n = begins.shape[0]
+    index = torch.arange(n, device=begins.device)
+    return torch.nn.functional.pad(torch.where(begins, index, n).sort().values, (0, 1), value=n)
+
+
 def query_chunks(t: int, elements_per_query: int, most: int | None = None) -> Iterator[slice]:
     """Ranges of queries that keep one intermediate tensor of a branch near 2**22 elements."""
     size = max(1, min(t, 2**22 // max(1, elements_per_query), most or t))
