@@ -15,34 +15,12 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nsa_compile as nsa
+from nsa_compile.bench.cases import draw_blocks
 from nsa_compile.module import MLPCompressor
 from nsa_compile.ops.gating import gated_sum
 
 SIZES = {"l": 32, "d": 16, "l_sel": 64, "n_sel": 16}
 WINDOW = 512
-
-
-def neighbouring_blocks(t: int, g: int, rho: float, *, n_sel: int = 16, l_sel: int = 64) -> torch.Tensor:
-    """Blocks [1, t, g, n_sel] of which each free one is kept by the next query with chance rho, else drawn anew."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    n_blocks = -(-t // l_sel)
-    scores = torch.empty(t, g, n_blocks, device="cuda")
-    own = torch.arange(t, device="cuda") // l_sel
-    if rho == 0:
-        scores.uniform_(generator=generator)
-    else:
-        drawn = torch.rand(t, g, n_blocks, generator=generator, device="cuda")
-        moved = torch.rand(t, g, n_blocks, generator=generator, device="cuda") > rho
-        # a block's score is the last one drawn for it: the index of the last move at or before t
-        last = torch.where(moved, torch.arange(t, device="cuda", dtype=torch.int32)[:, None, None], 0).cummax(0).values
-        scores = drawn.gather(0, last.long())
-        del drawn, moved, last
-    block = torch.arange(n_blocks, device="cuda")
-    forced = (block == 0) | (block > own[:, None, None] - 2)
-    scores = scores.masked_fill_(forced, 2.0).masked_fill_(block > own[:, None, None], -1.0)
-    top = scores.topk(n_sel, -1)
-    chosen = top.indices.masked_fill(top.values < 0, n_blocks).sort(-1).values
-    return chosen.masked_fill(chosen == n_blocks, -1).int()[None]
 
 
 def median_ms(run, seconds: float = 0.4) -> tuple[float, float]:
@@ -109,7 +87,9 @@ def main() -> None:
     mean = {"l": SIZES["l"], "d": SIZES["d"]}
     k_cmp, v_cmp = (nsa.compress_mean(x, **mean).detach().requires_grad_() for x in (k, v))
     lse = nsa.compressed_attention(q, k_cmp, v_cmp, **mean)[1].detach()
-    random, alike = (neighbouring_blocks(t, g, rho) for rho in (0.0, 0.8))
+    random, alike = (
+        draw_blocks(t, g, rho, n_sel=SIZES["n_sel"], l_sel=SIZES["l_sel"], device="cuda") for rho in (0.0, 0.8)
+    )
     torch.cuda.empty_cache()
 
     def whole():

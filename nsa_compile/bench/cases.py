@@ -254,13 +254,19 @@ BRANCHES = ("cmp", "slc", "win")
 
 
 def neighbouring_blocks(x: Inputs, rho: float) -> Tensor:
-    """Blocks [b, t, g, n_sel] of which each free one is kept by the next query with chance rho, else drawn anew."""
-    o, t, device = x.options, x.t, x.device
+    """Blocks [b, t, g, n_sel] as `draw_blocks` draws them, the same for all rows."""
+    o = x.options
+    blocks = draw_blocks(x.t, o.groups, rho, n_sel=o.n_sel, l_sel=o.l_sel, device=x.device)
+    return blocks.expand(o.batch, -1, -1, -1).contiguous()
+
+
+def draw_blocks(t: int, g: int, rho: float, *, n_sel: int, l_sel: int, device: torch.device | str) -> Tensor:
+    """Blocks [1, t, g, n_sel] of which each free one is kept by the next query with chance rho, else drawn anew."""
     generator = torch.Generator(device).manual_seed(0)
-    n_blocks = -(-t // o.l_sel)
-    block, own = torch.arange(n_blocks, device=device), torch.arange(t, device=device)[:, None] // o.l_sel
+    n_blocks = -(-t // l_sel)
+    block, own = torch.arange(n_blocks, device=device), torch.arange(t, device=device)[:, None] // l_sel
     per_group = []
-    for _ in range(o.groups):
+    for _ in range(g):
         scores = torch.rand(t, n_blocks, generator=generator, device=device)
         if rho > 0:
             moved = torch.rand(t, n_blocks, generator=generator, device=device) > rho
@@ -269,11 +275,11 @@ def neighbouring_blocks(x: Inputs, rho: float) -> Tensor:
             scores = scores.gather(0, last)
             del moved, last
         scores = scores.masked_fill_((block == 0) | (block > own - 2), 2.0).masked_fill_(block > own, -1.0)
-        top = scores.topk(min(o.n_sel, n_blocks), -1)
+        top = scores.topk(min(n_sel, n_blocks), -1)
         chosen = top.indices.masked_fill(top.values < 0, n_blocks).sort(-1).values
-        chosen = nn.functional.pad(chosen, (0, o.n_sel - chosen.shape[-1]), value=n_blocks)
+        chosen = nn.functional.pad(chosen, (0, n_sel - chosen.shape[-1]), value=n_blocks)
         per_group.append(chosen.masked_fill(chosen == n_blocks, -1).int())
-    return torch.stack(per_group, 1).expand(o.batch, -1, -1, -1).contiguous()
+    return torch.stack(per_group, 1)[None]
 
 
 def attention_work(inputs: tuple[Tensor, ...], pairs: int, *more: Tensor) -> tuple[Work, Work]:
