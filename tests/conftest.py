@@ -6,9 +6,19 @@ Without a CUDA device Triton's interpreter runs the kernels that a test asks for
 import os
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_mixture.py", "test_resources.py"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of four short files."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(4):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {i} is {number * i}\n" for i in range(200)))
+    return folder

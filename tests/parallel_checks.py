@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -317,12 +318,8 @@ def check_refused_dtensors(device: str) -> None:
         ),
         "got mixed": lambda: layer(distribute_tensor(draw(1, 40, 20, seed=0).to(device), mesh, [Shard(1)])),
     }.items():
-        try:
+        with pytest.raises((RuntimeError, NotImplementedError), match=match):
             call()
-        except (RuntimeError, NotImplementedError) as error:
-            assert match in str(error), f"expected {match!r}, got {error}"
-        else:
-            raise AssertionError(f"expected an error with {match!r}")
 
 
 def labelled(label: str, check: Callable, *args, **kwargs) -> None:

@@ -32,14 +32,6 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(4):
-        (folder / f"{number}.txt").write_text("".join(f"{number} times {i} is {number * i}\n" for i in range(200)))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
     """A finished run: its folder and what the command printed."""
     folder = tmp_path_factory.mktemp("run") / "run"

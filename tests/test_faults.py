@@ -60,14 +60,6 @@ def metrics(folder, *names):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(4):
-        (folder / f"{number}.txt").write_text("".join(f"{number} times {i} is {number * i}\n" for i in range(200)))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def unbroken(text, tmp_path_factory):
     """A run of two processes that read different rows, without a fault."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
