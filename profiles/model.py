@@ -35,8 +35,9 @@ class DenseStep(nn.Module):
     def forward(self, x, cache, cu_seqlens=None, lengths=None, *, branch=None, attn_mask=None):
         a, c = self.attention, self.attention.config
         layer = cache.layer(a)
-        q = a.W_Q(x).unflatten(-1, (c.n_heads, c.d_k))
-        k, v = (w(x).unflatten(-1, (c.n_kv_groups, -1)) for w in (a.W_K, a.W_V))
+        projected = a.project(x, few=True)
+        q = projected["W_Q"].unflatten(-1, (c.n_heads, c.d_k))
+        k, v = (projected[name].unflatten(-1, (c.n_kv_groups, -1)) for name in ("W_K", "W_V"))
         at = layer.positions[:, None]
         q, k = (nsa.apply_rope(y, at, theta=c.rope_theta) for y in (q, k))
         layer.buffers["k"][:, self.length] = k[:, 0]
