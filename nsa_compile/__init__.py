@@ -6,6 +6,7 @@ from nsa_compile.custom_ops.block_choice import select_blocks
 from nsa_compile.custom_ops.compression import compress_mean, compressed_attention
 from nsa_compile.custom_ops.gating import gated_sum
 from nsa_compile.custom_ops.nsa import nsa_attention
+from nsa_compile.custom_ops.rope import apply_rope
 from nsa_compile.custom_ops.selection import selected_attention
 from nsa_compile.custom_ops.window import window_attention
 from nsa_compile.generate import Generation, generate
@@ -16,7 +17,6 @@ from nsa_compile.model import LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import GateMLP, NSAAttention
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import num_cmp
-from nsa_compile.ops.rope import apply_rope
 from nsa_compile.ops.sampling import sample
 from nsa_compile.ops.selection import RangeStatistics, TokenReads, range_statistics, selection_ranges, token_reads
 from nsa_compile.parallel import ParallelLanguageModel, clip_grad_norm, make_mesh, parallelize

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
 from nsa_compile.custom_ops.decode import STEP
+from nsa_compile.custom_ops.rope import apply_rope
 from nsa_compile.module import (
     GateMLP,
     MLPCompressor,
@@ -23,7 +24,6 @@ from nsa_compile.module import (
 from nsa_compile.ops.checks import check_tensor, values_are_visible
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import query_layout
-from nsa_compile.ops.rope import apply_rope
 from nsa_compile.storage import distributed_checkpoint
 
 if TYPE_CHECKING:

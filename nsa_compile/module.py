@@ -11,12 +11,12 @@ from nsa_compile.custom_ops.compression import compress_mean
 from nsa_compile.custom_ops.decode import STEP, runs_step
 from nsa_compile.custom_ops.dispatch import beside_flash
 from nsa_compile.custom_ops.nsa import op_branches
+from nsa_compile.custom_ops.rope import apply_rope
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_cu_seqlens, check_lengths, check_tensor
 from nsa_compile.ops.compression import gather_blocks
 from nsa_compile.ops.layout import compressed_slots, num_cmp_at, query_layout
 from nsa_compile.ops.nsa import attend_branches
-from nsa_compile.ops.rope import apply_rope
 from nsa_compile.ops.selection import token_reads
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from nsa_compile.custom_ops import sharding  # noqa: F401  (lets the ops take DTensors)
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
+from nsa_compile.custom_ops.rope import apply_rope
 from nsa_compile.model import NSALanguageModel, check_ids, next_tokens
 from nsa_compile.module import GateMLP, NSAAttention, check_branch, check_row_layout
 from nsa_compile.ops.checks import check_int
 from nsa_compile.ops.gating import GateStatistics
 from nsa_compile.ops.layout import compressed_slots, query_layout
-from nsa_compile.ops.rope import apply_rope
 
 MESH_DIMS = ("dp", "cp", "tp")
 M = TypeVar("M", bound=nn.Module)

@@ -45,6 +45,13 @@ def choose(q, k_cmp, v_cmp, q_start, cu_seqlens):
     return select_blocks(q, k_cmp, lse, l=L, d=D, l_sel=L_SEL, n_sel=N_SEL, **where)
 
 
+@pytest.mark.parametrize(
+    "positions", [torch.arange(7), torch.arange(12, dtype=torch.int32).view(4, 3).T], ids=["t", "b t"]
+)
+def test_opcheck_rope_turns(positions):
+    opcheck(OPS.rope_turns, (positions, 3, 1e4, torch.float32))
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_forward_ops(placement, dtype):

@@ -4,36 +4,20 @@ import torch
 from torch import Tensor
 
 from nsa_compile.ops.attend import compute_dtype
-from nsa_compile.ops.checks import check_tensor
 
 
-def apply_rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
-    """Rotate every head of x by its token's position.
+def rope_turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `positions * theta ** (-i / half)`, i < half, each [..., half] for positions [...].
 
-    Channel pair (i, i + d/2) turns by `positions * theta ** (-2i / d)` radians.
-
-    Args:
-        x: [b, t, n, d] float, d even.
-        positions: integers [b, t] or [t].
-        theta: base of the wavelengths.
-
-    Returns: [b, t, n, d] in the type of x, computed in at least fp32; the angles in fp64, since in fp32 they would be
-        off by 0.004 radians at position 65536.
-
-    Raises: ValueError for an odd d, shapes that do not fit or positions that are not integers.
+    The angles are fp64: in fp32 they would be off by 0.004 radians at position 65536.
     """
-    check_tensor("x", x), check_tensor("positions", positions)
-    if x.ndim != 4 or x.shape[-1] % 2:
-        raise ValueError(f"x: expected shape [b, t, n, d] with d even, got {tuple(x.shape)}")
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"positions: expected dtype int32 or int64, got {positions.dtype}")
-    if positions.shape not in (x.shape[:2], x.shape[1:2]):
-        raise ValueError(
-            f"positions: expected shape {tuple(x.shape[:2])} or {tuple(x.shape[1:2])}, got {tuple(positions.shape)}"
-        )
-    dtype, half = compute_dtype(x), x.shape[-1] // 2
-    frequency = theta ** (torch.arange(half, device=x.device, dtype=torch.float64) / -half)
-    angle = (positions.double().unsqueeze(-1) * frequency).unsqueeze(-2)  # [b or none, t, 1, d/2]
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    first, second = x.to(dtype).chunk(2, dim=-1)
+    frequency = theta ** (torch.arange(half, device=positions.device, dtype=torch.float64) / -half)
+    angle = positions.double().unsqueeze(-1) * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + d/2) of x [b, t, n, d] by cos and sin [b or none, t, d/2]; in the type of x."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    first, second = x.to(compute_dtype(x)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

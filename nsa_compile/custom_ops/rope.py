@@ -1,0 +1,50 @@
+"""Rotary positions, whose cosines and sines are an op of their own.
+
+A compiler that fuses their fp64 arithmetic into the rotation does it again for every head: 20 ms for the queries of one
+layer at 65536 tokens and 64 heads, two thirds of what its attention takes.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_compile.ops import rope as reference
+from nsa_compile.ops.attend import compute_dtype
+from nsa_compile.ops.checks import check_tensor
+
+
+def apply_rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
+    """Rotate every head of x by its token's position.
+
+    Channel pair (i, i + d/2) turns by `positions * theta ** (-2i / d)` radians.
+
+    Args:
+        x: [b, t, n, d] float, d even.
+        positions: integers [b, t] or [t].
+        theta: base of the wavelengths.
+
+    Returns: [b, t, n, d] in the type of x, computed in at least fp32, the angles in fp64.
+
+    Raises: ValueError for an odd d, shapes that do not fit or positions that are not integers.
+    """
+    check_tensor("x", x), check_tensor("positions", positions)
+    if x.ndim != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x: expected shape [b, t, n, d] with d even, got {tuple(x.shape)}")
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"positions: expected dtype int32 or int64, got {positions.dtype}")
+    if positions.shape not in (x.shape[:2], x.shape[1:2]):
+        raise ValueError(
+            f"positions: expected shape {tuple(x.shape[:2])} or {tuple(x.shape[1:2])}, got {tuple(positions.shape)}"
+        )
+    turns = torch.ops.nsa_compile.rope_turns(positions, x.shape[-1] // 2, theta, compute_dtype(x))
+    return reference.rotate(x, *turns)
+
+
+@torch.library.custom_op("nsa_compile::rope_turns", mutates_args=())
+def _rope_turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return reference.rope_turns(positions.contiguous(), half, theta, dtype)
+
+
+@_rope_turns.register_fake
+def _(positions, half, theta, dtype):
+    shape = (*positions.shape, half)
+    return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)
