@@ -147,7 +147,17 @@ def pretended_device(capability: int) -> Iterator[None]:
 
 def every_launch(config: Config) -> list[Launch]:
     """All kernels of a forward and a backward of every op, and of a decode step."""
-    from nsa_compile.custom_ops.kernels import block_choice, compression, decode, gating, interval, mixture, selection
+    from nsa_compile.custom_ops.kernels import (
+        block_choice,
+        cache,
+        compression,
+        decode,
+        gating,
+        interval,
+        mixture,
+        places,
+        selection,
+    )
 
     _, h, d_k, d_v, dtype, packed = config
     t, g, l, d, l_sel, n_sel, scale = 256, 2, 32, 16, 64, 8, 0.1
@@ -165,13 +175,17 @@ def every_launch(config: Config) -> list[Launch]:
     def run() -> None:
         compression.compress_mean(k, l, d, cu)
         compression.compress_mean_backward(k_cmp, t, l, d, cu)
-        keys = interval.compressed_intervals(q, c, l, d, None, cu)
+        keys = places.compressed_intervals(q, c, l, d, None, cu)
+        places.window_intervals(q, t, 64, None, cu)
         interval.interval_attention(q, k_cmp, v_cmp, keys, scale)
         interval.interval_attention_backward(o, None, o, lse, q, k_cmp, v_cmp, keys, scale)
         block_choice.select_blocks(q, k_cmp, lse, l, d, l_sel, n_sel, 1, 2, None, cu, scale)
         selection.selected_attention(q, k, v, blocks, l_sel, None, cu, scale)
         selection.selected_attention_backward(o, lse, o, lse, q, k, v, blocks, l_sel, None, cu, scale)
         gating.gated_sum(o, o, o, gates)
+        cache.cache_append(k, k_cmp, one, None, False)
+        cache.cache_write(k, k_cmp, torch.zeros(1, c, dtype=torch.int64), torch.zeros(1, c, dtype=torch.bool))
+        cache.cache_recall(k, k_cmp, one, one, c)
         gating.gated_sum_backward(o, o, o, o, gates)
         mixture.selected_mixture(q, k, v, blocks, o, o, gates, l_sel, None, cu, scale, True)
         gating.gated_sum_backward_with_delta(o, o, o, o, gates, lse)

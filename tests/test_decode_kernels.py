@@ -14,6 +14,7 @@ from torch.library import opcheck
 
 from nsa_compile import NSAAttention, NSACache
 from nsa_compile.custom_ops.decode import runs_step
+from nsa_compile.custom_ops.kernels import cache as cache_kernels
 from nsa_compile.custom_ops.kernels.decode import _rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,6 +100,32 @@ def test_steps_of_several_tokens_take_as_many_as_each_row_wants(sizes, launches)
     for count in ([8, 1, 0], [5, 8, 3], [0, 0, 0], [8, 8, 8]):
         step(layers, caches, torch.randn(3, 8, BASE["dim"], device=DEVICE), count)
     assert launches.of("decode") == 24
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["buffer", "ring"])
+@pytest.mark.parametrize("t", [1, 7, 23, 40])
+def test_tokens_go_into_and_out_of_a_cache(ring, t, launches):
+    """The kernels against the ops on the CPU, at and behind the ends of a buffer of 23 tokens; new tokens strided."""
+    torch.manual_seed(t)
+    buffer, new = torch.randn(5, 23, 2, 6), torch.randn(5, 2, t, 7)[..., :6].transpose(1, 2)
+    positions, count = (torch.tensor(x, dtype=torch.int32) for x in ((0, 3, 20, 22, 23), (t, 1, 0, t, t // 2)))
+    index = torch.stack([torch.arange(t) + first for first in (0, -2, 19, 22, 23)])[:, :23]
+    keep = torch.rand(5, min(t, 23)) < 0.7
+    ops, on_cpu = torch.ops.nsa_compile, (new, positions, count, index, keep)
+    buffer_here = buffer.clone().to(DEVICE)
+    new_here, positions_here, count_here, index_here, keep_here = (x.to(DEVICE) for x in on_cpu)
+    first = (positions - 4).clamp_min(0)
+    for length in (1, 4 + t, 23):
+        got = cache_kernels.cache_recall(buffer_here, new_here, positions_here, first.to(DEVICE), length)
+        assert torch.equal(got.cpu(), ops.cache_recall(buffer, new, positions, first, length))
+    for wanted, wanted_here in ((count, count_here), (None, None)):
+        ops.cache_append(buffer, new, positions, wanted, ring)
+        cache_kernels.cache_append(buffer_here, new_here, positions_here, wanted_here, ring)
+        assert torch.equal(buffer_here.cpu(), buffer)
+    ops.cache_write(buffer, 2 * new[:, :23], index, keep)
+    cache_kernels.cache_write(buffer_here, 2 * new_here[:, :23], index_here, keep_here)
+    assert torch.equal(buffer_here.cpu(), buffer)
+    assert launches.of("cache") == 6
 
 
 @torch.no_grad()

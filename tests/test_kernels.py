@@ -29,7 +29,7 @@ from nsa_compile import (
     window_attention,
 )
 from nsa_compile.custom_ops.kernels import block_choice
-from nsa_compile.custom_ops.kernels.interval import compressed_intervals, window_intervals
+from nsa_compile.custom_ops.kernels.places import compressed_intervals, invert_intervals, window_intervals
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -544,7 +544,7 @@ def test_more_rows_than_a_grid_holds_are_refused(launches):
     for call in calls:
         with pytest.raises(ValueError, match=r"^[qk]: expected at most 65535 rows .*, got 65536"):
             call()
-    assert launches.total() == 0
+    assert launches.total() == launches.of("places") <= 1
 
 
 def test_auto_means_the_reference_on_the_cpu(launches):
@@ -586,7 +586,7 @@ def test_no_query_of_padding_counts_among_those_that_see_a_key():
         (window_intervals(q, 70, 20, None, cu_seqlens), 70),
         (compressed_intervals(q, 17, 8, 4, None, cu_seqlens), 17),
     ):
-        first, last = intervals.of_keys(keys)
+        first, last = invert_intervals(intervals, keys)
         token = torch.arange(70, device=DEVICE)[None, :, None]
         sees = (intervals.start[..., None] <= torch.arange(keys, device=DEVICE)) & (
             torch.arange(keys, device=DEVICE) < intervals.end[..., None]

@@ -160,10 +160,10 @@ def _compressed_attention(
             q, k_cmp, v_cmp, l=l, d=d, cu_seqlens=cu_seqlens, scale=scale, version=choice.flash_version
         )
     if choice.impl == "triton":
-        from nsa_compile.custom_ops.kernels import interval
+        from nsa_compile.custom_ops.kernels import interval, places
 
         with torch.cuda.device_of(q):
-            keys = interval.compressed_intervals(q, k_cmp.shape[1], l, d, q_start, cu_seqlens)
+            keys = places.compressed_intervals(q, k_cmp.shape[1], l, d, q_start, cu_seqlens)
             return interval.interval_attention(q, k_cmp, v_cmp, keys, scale)
     return reference.compressed_attention(
         q, k_cmp, v_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale
@@ -191,10 +191,10 @@ def _compressed_attention_backward(
             version=choice.flash_version,
         )  # fmt: skip
     if choice.impl == "triton":
-        from nsa_compile.custom_ops.kernels import interval
+        from nsa_compile.custom_ops.kernels import interval, places
 
         with torch.cuda.device_of(q):
-            keys = interval.compressed_intervals(q, k_cmp.shape[1], l, d, q_start, cu_seqlens)
+            keys = places.compressed_intervals(q, k_cmp.shape[1], l, d, q_start, cu_seqlens)
             return interval.interval_attention_backward(grad_o, grad_lse, o, lse, q, k_cmp, v_cmp, keys, scale)
     return reference.compressed_attention_backward(
         grad_o, grad_lse, q, k_cmp, v_cmp, o, lse, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from nsa_compile.custom_ops.dispatch import resolve_impl
+from nsa_compile.custom_ops.dispatch import resolve_impl, runs_triton
 from nsa_compile.custom_ops.ranges import in_range
 
 
@@ -20,6 +20,11 @@ def cache_append(buffer: Tensor, new: Tensor, positions: Tensor, count: Optional
 
     Unless the buffer is a ring, tokens past its end are dropped.
     """
+    if runs_triton("cache_append", "auto", buffer):
+        from nsa_compile.custom_ops.kernels import cache
+
+        with torch.cuda.device_of(buffer):
+            return cache.cache_append(buffer, new, positions, count, ring)
     t, length = new.shape[1], buffer.shape[1]
     n = min(t, length)  # of a ring only the last tokens matter
     ends = torch.full_like(positions, t) if count is None else count.clamp(0, t)
@@ -35,6 +40,11 @@ def cache_append(buffer: Tensor, new: Tensor, positions: Tensor, count: Optional
 @in_range("cache")
 def cache_write(buffer: Tensor, new: Tensor, index: Tensor, keep: Tensor) -> None:
     """Write new [b, n, g, *] at the consecutive slots index int [b, n] where keep bool [b, n]; n <= length."""
+    if runs_triton("cache_write", "auto", buffer):
+        from nsa_compile.custom_ops.kernels import cache
+
+        with torch.cuda.device_of(buffer):
+            return cache.cache_write(buffer, new, index, keep)
     row = torch.arange(new.shape[0], device=new.device)[:, None]
     write_slots(buffer, row, index % buffer.shape[1], new, keep & (index >= 0) & (index < buffer.shape[1]))
 
@@ -51,6 +61,11 @@ def cache_recall(buffer: Tensor, new: Tensor, positions: Tensor, first: Tensor, 
 
     positions, first int [b] → [b, length, g, *]. Tokens beyond the new ones repeat the last of them.
     """
+    if runs_triton("cache_recall", "auto", buffer):
+        from nsa_compile.custom_ops.kernels import cache
+
+        with torch.cuda.device_of(buffer):
+            return cache.cache_recall(buffer, new, positions, first, length)
     token = first[:, None] + torch.arange(length, device=new.device)
     row = torch.arange(new.shape[0], device=new.device)[:, None]
     old = buffer[row, token % buffer.shape[1]]

@@ -59,10 +59,10 @@ def _window_attention(
     if choice.impl == "flash":
         return flash.window_attention(q, k, v, w=w, cu_seqlens=cu_seqlens, scale=scale, version=choice.flash_version)
     if choice.impl == "triton":
-        from nsa_compile.custom_ops.kernels import interval
+        from nsa_compile.custom_ops.kernels import interval, places
 
         with torch.cuda.device_of(q):
-            keys = interval.window_intervals(q, k.shape[1], w, q_start, cu_seqlens)
+            keys = places.window_intervals(q, k.shape[1], w, q_start, cu_seqlens)
             return interval.interval_attention(q, k, v, keys, scale)
     return reference.window_attention(q, k, v, w=w, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale)
 
@@ -86,10 +86,10 @@ def _window_attention_backward(
             grad_o, grad_lse, o, lse, q, k, v, w=w, cu_seqlens=cu_seqlens, scale=scale, version=choice.flash_version
         )
     if choice.impl == "triton":
-        from nsa_compile.custom_ops.kernels import interval
+        from nsa_compile.custom_ops.kernels import interval, places
 
         with torch.cuda.device_of(q):
-            keys = interval.window_intervals(q, k.shape[1], w, q_start, cu_seqlens)
+            keys = places.window_intervals(q, k.shape[1], w, q_start, cu_seqlens)
             return interval.interval_attention_backward(grad_o, grad_lse, o, lse, q, k, v, keys, scale)
     return reference.window_attention_backward(
         grad_o, grad_lse, q, k, v, o, lse, w=w, q_start=q_start, cu_seqlens=cu_seqlens, scale=scale

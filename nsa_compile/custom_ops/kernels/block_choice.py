@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_compile.custom_ops.kernels.interval import compressed_intervals
-from nsa_compile.custom_ops.kernels.selection import query_places
+from nsa_compile.custom_ops.kernels.places import places_of_choice
 from nsa_compile.custom_ops.kernels.tiles import (
     LOG2E,
     aligned,
@@ -180,8 +179,7 @@ def select_blocks(
     (b, t, n, d_k), (c, g) = q.shape, k_cmp.shape[1:3]
     check_grid("q", "rows or groups", max(b, g))
     h, DK, A, M = n // g, padded(d_k), l_sel // d, l // d
-    intervals = compressed_intervals(q, c, l, d, q_start, cu_seqlens)
-    position = query_places(q, 2**31 - 1, q_start, cu_seqlens).position
+    position, intervals = places_of_choice(q, c, l, d, q_start, cu_seqlens)
     indices = torch.empty(b, t, g, n_sel, dtype=torch.int32, device=q.device)
     HP, bytes_per_row = padded(h, 1), DK * q.element_size()
     columns, keys = (128, 64) if bytes_per_row <= 256 else (64, 64) if bytes_per_row <= 512 else (16, 32)

@@ -1,17 +1,17 @@
 """The mean of compression blocks and its gradient."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_compile.custom_ops.kernels.places import compressed_ends, find_sequence, search_steps
 from nsa_compile.custom_ops.kernels.tiles import check_grid, padded, row_major
-from nsa_compile.ops.layout import compressed_ends, compressed_slots, num_cmp, query_layout, sequence_of
+from nsa_compile.ops.layout import num_cmp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "steps"])
 def _compress_mean_fwd_kernel(
-    k, out, first, used, c, n_groups, k_b, k_s, k_g,
+    k, out, cu_seqlens, cmp_ends, sequences, steps, s, c, n_groups, k_b, k_s, k_g,
     L: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -23,8 +23,10 @@ def _compress_mean_fwd_kernel(
     full = live
     token = slot.to(tl.int64) * D
     if PACKED:
-        token = tl.load(first + slot, mask=live, other=0)
-        full = tl.load(used + slot, mask=live, other=0) != 0
+        sequence = find_sequence(cmp_ends, sequences, steps, slot, live)
+        block = tl.maximum(slot - tl.load(cmp_ends + sequence, mask=live, other=0), 0)
+        token = tl.load(cu_seqlens + sequence, mask=live, other=0) + block * D
+        full = live & (slot < tl.load(cmp_ends + sequences)) & (token >= 0) & (token + L <= s)
     pointers = k + b * k_b + g * k_g + token[:, None] * k_s + col
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for _ in tl.range(0, L):
@@ -34,9 +36,9 @@ def _compress_mean_fwd_kernel(
     tl.store(out + place, (acc / L).to(out.dtype.element_ty), mask=live[:, None] & (col < WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "steps"])
 def _compress_mean_bwd_kernel(
-    grad, out, position, slots, counts, s, c, n_groups, g_b, g_c, g_g,
+    grad, out, cu_seqlens, cmp_ends, sequences, steps, s, c, n_groups, g_b, g_c, g_g,
     L: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +49,12 @@ def _compress_mean_bwd_kernel(
     live = token < s
     pos, slot, count = token, token * 0, token * 0 + c
     if PACKED:
-        pos = tl.load(position + token, mask=live, other=-1).to(tl.int32)
-        slot = tl.load(slots + token, mask=live, other=0).to(tl.int32)
-        count = tl.load(counts + token, mask=live, other=0).to(tl.int32)
+        sequence = find_sequence(cu_seqlens, sequences, steps, token, live)
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence, mask=live, other=0), 0), s)
+        pos = tl.where(token < tl.load(cu_seqlens + sequences), token - begin, -1)
+        slot = tl.minimum(tl.maximum(tl.load(cmp_ends + sequence, mask=live, other=0), 0), c).to(tl.int32)
+        end = tl.load(cmp_ends + sequence + 1, mask=live, other=0)
+        count = tl.minimum(tl.maximum(end, 0), c).to(tl.int32) - slot
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for r in tl.range(0, L // D):
         i = pos // D - r
@@ -58,6 +63,14 @@ def _compress_mean_bwd_kernel(
         acc += tl.load(grad + place, mask=covers[:, None] & (col < WIDTH), other=0.0).to(tl.float32)
     place = ((b * s + token) * n_groups + g)[:, None] * WIDTH + col
     tl.store(out + place, (acc / L).to(out.dtype.element_ty), mask=live[:, None] & (col < WIDTH))
+
+
+def packing(cu_seqlens: Tensor | None, l: int, d: int) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Ends of the packed sequences, of their compressed tokens, number of sequences, steps to search them."""
+    if cu_seqlens is None:
+        return None, None, 0, 0
+    n = len(cu_seqlens)
+    return cu_seqlens, compressed_ends(cu_seqlens, l, d), n - 1, search_steps(n)
 
 
 def compress_mean(k: Tensor, l: int, d: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -69,14 +82,10 @@ def compress_mean(k: Tensor, l: int, d: int, cu_seqlens: Tensor | None) -> Tenso
     out = k.new_empty(b, c, g, x)
     if c == 0:
         return out
-    first = used = k
-    if cu_seqlens is not None:
-        _, first, used = compressed_slots(c, cu_seqlens, l=l, d=d)
-        used = (used & (first >= 0) & (first + l <= s)).to(torch.int8)
     cols = padded(x)
     rows = max(1, 2048 // cols)
     _compress_mean_fwd_kernel[(triton.cdiv(c, rows), g, b)](
-        k, out, first, used, c, g, *k.stride()[:3], L=l, D=d, WIDTH=x, COLS=cols, ROWS=rows,
+        k, out, *packing(cu_seqlens, l, d), s, c, g, *k.stride()[:3], L=l, D=d, WIDTH=x, COLS=cols, ROWS=rows,
         PACKED=cu_seqlens is not None,
     )  # fmt: skip
     return out
@@ -88,19 +97,10 @@ def compress_mean_backward(grad: Tensor, s: int, l: int, d: int, cu_seqlens: Ten
     b, c, g, x = grad.shape
     check_grid("grad", "rows or groups", max(b, g))
     out = grad.new_empty(b, s, g, x)
-    position = slots = counts = grad
-    if cu_seqlens is not None:
-        layout = query_layout(out, None, cu_seqlens)
-        starts = cu_seqlens.long()
-        sequence = sequence_of(starts, layout.first[0])
-        ends = compressed_ends(cu_seqlens, l=l, d=d).clamp(0, c)
-        position = torch.where(layout.valid, layout.position, -1)
-        slots = ends[sequence]
-        counts = ends[sequence + 1] - slots
     cols = padded(x)
     rows = max(1, 2048 // cols)
     _compress_mean_bwd_kernel[(triton.cdiv(s, rows), g, b)](
-        grad, out, position, slots, counts, s, c, g, *grad.stride()[:3], L=l, D=d, WIDTH=x, COLS=cols, ROWS=rows,
+        grad, out, *packing(cu_seqlens, l, d), s, c, g, *grad.stride()[:3], L=l, D=d, WIDTH=x, COLS=cols, ROWS=rows,
         PACKED=cu_seqlens is not None,
     )  # fmt: skip
     return out

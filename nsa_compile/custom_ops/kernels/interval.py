@@ -4,14 +4,13 @@ The query at t sees the keys `start[t] … end[t] - 1`; both ends never fall wit
 interval, too, and a tile of queries and keys needs a mask only near the ends. A tile's rows are a group's heads.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_compile.custom_ops.kernels import hopper, hopper_backward
+from nsa_compile.custom_ops.kernels.places import Intervals, invert_intervals
 from nsa_compile.custom_ops.kernels.tiles import (
     LN2,
     LOG2E,
@@ -33,42 +32,6 @@ from nsa_compile.custom_ops.kernels.tiles import (
     score_gradient,
     softmax_delta,
 )
-from nsa_compile.ops.layout import compressed_ends, query_layout, visible_slots
-
-
-class Intervals(NamedTuple):
-    """Keys each query sees, int32 [b, t]: start and end."""
-
-    start: Tensor
-    end: Tensor
-
-    def of_keys(self, s: int) -> "Intervals":
-        """The queries that see each key: int32 [b, s]; none of them behind the last query that sees a key."""
-        (b, t), device = self.start.shape, self.start.device
-        key = torch.arange(s, dtype=torch.int32, device=device).expand(b, s).contiguous()
-        start, end = (torch.searchsorted(x, key, right=True, out_int32=True) for x in (self.end, self.start))
-        last = (self.start < self.end) * torch.arange(1, t + 1, dtype=torch.int32, device=device)
-        return Intervals(start, torch.minimum(end, last.amax(1, keepdim=True)))
-
-
-def window_intervals(q: Tensor, s: int, w: int, q_start: Tensor | None, cu_seqlens: Tensor | None) -> Intervals:
-    """Tokens `max(first, t - w + 1) … t` as indices of s keys; empty where a query belongs to no sequence."""
-    layout = query_layout(q, q_start, cu_seqlens)
-    end = (layout.first + layout.position + 1).clamp(0, s)
-    start = torch.where(layout.valid, torch.maximum(layout.first, layout.first + layout.position + 1 - w), end)
-    return Intervals(torch.minimum(start, end).int(), end.int())
-
-
-def compressed_intervals(
-    q: Tensor, c: int, l: int, d: int, q_start: Tensor | None, cu_seqlens: Tensor | None
-) -> Intervals:
-    """Compressed tokens that each query sees as indices of c slots."""
-    layout = query_layout(q, q_start, cu_seqlens)
-    start, end = visible_slots(layout, cu_seqlens, l=l, d=d)
-    if cu_seqlens is not None:
-        total = compressed_ends(cu_seqlens, l=l, d=d)[-1]
-        start, end = (torch.where(layout.valid, x, total) for x in (start, end))
-    return Intervals(start.clamp(0, c).int(), end.clamp(0, c).int())
 
 
 @triton.jit
@@ -359,7 +322,7 @@ def interval_attention_backward(
     whole = parts == 1
     grad_k = torch.empty(parts, *k.shape, dtype=k.dtype if whole else torch.float32, device=k.device)
     grad_v = torch.empty(parts, *v.shape, dtype=v.dtype if whole else torch.float32, device=v.device)
-    queries = intervals.of_keys(s)
+    queries = invert_intervals(intervals, s)
     if on_hopper:
         hopper_backward.sum_keys(q, k, v, grad_o, lse2, delta, *intervals, grad_k, grad_v, scale, queries=queries)
     else:

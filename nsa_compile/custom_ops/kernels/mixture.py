@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_compile.custom_ops.kernels import gating, hopper, selection
+from nsa_compile.custom_ops.kernels.places import query_places
 from nsa_compile.custom_ops.kernels.tiles import aligned, check_grid, row_major
 
 
@@ -27,10 +28,10 @@ def selected_mixture(
     check_grid("q", "rows or groups", max(b, g))
     o, lse = q.new_empty(o_cmp.shape), q.new_empty(b, t, n, dtype=torch.float32)
     kept = torch.empty_like(o) if keep else None
-    places = selection.query_places(q, s, q_start, cu_seqlens)
+    places, span = query_places(q, s, q_start, cu_seqlens)
     unions = selection.block_unions(block_indices.contiguous(), places, l_sel, hopper.ROWS // (n // g))
     mixture = hopper.Mixture(o_cmp.contiguous(), o_win.contiguous(), gates.contiguous(), o)
-    hopper.attend(q, k, v, *places.span(), unions, l_sel, scale, kept, lse, mixture)
+    hopper.attend(q, k, v, *span, unions, l_sel, scale, kept, lse, mixture)
     return o, kept, lse
 
 

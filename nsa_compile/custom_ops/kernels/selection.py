@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_compile.custom_ops.kernels import hopper, hopper_backward
+from nsa_compile.custom_ops.kernels.places import Places, query_places
 from nsa_compile.custom_ops.kernels.tiles import (
     LN2,
     LOG2E,
@@ -31,26 +32,6 @@ from nsa_compile.custom_ops.kernels.tiles import (
     score_gradient,
     softmax_delta,
 )
-from nsa_compile.ops.layout import query_layout
-
-
-class Places(NamedTuple):
-    """Where the queries stand, int32 [b, t]: position in the own sequence (-1 for none), index of its first key."""
-
-    position: Tensor
-    first: Tensor
-
-    def span(self) -> tuple[Tensor, Tensor]:
-        """Start and end of the keys of each query's sequence up to its own; none for none."""
-        return self.first, torch.where(self.position < 0, 0, self.first + self.position + 1)
-
-
-def query_places(q: Tensor, s: int, q_start: Tensor | None, cu_seqlens: Tensor | None) -> Places:
-    """Positions and first keys of queries over s keys; what lies past the keys is cut off."""
-    layout = query_layout(q, q_start, cu_seqlens)
-    first = layout.first.clamp(0, s)
-    position = torch.where(layout.valid, layout.position, -1).clamp_min(-1)
-    return Places(torch.minimum(position, s - 1 - first).int(), first.int())
 
 
 class Unions(NamedTuple):
@@ -454,10 +435,10 @@ def selected_attention(
     h, DK, DV = n // g, padded(d_k), padded(d_v)
     on_hopper = tiles is None and runs_on_hopper(q, k, v, l_sel)
     tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, max(DK, DV) * q.element_size())
-    block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
+    block_indices, (places, span) = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     if on_hopper:
-        hopper.attend(q, k, v, *places.span(), (entries, counts), l_sel, scale, o, lse)
+        hopper.attend(q, k, v, *span, (entries, counts), l_sel, scale, o, lse)
         return o, lse
     rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))[0]
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
@@ -503,12 +484,12 @@ def selected_gradients(
     tokens = hopper.ROWS // h if on_hopper else tile_tokens(h, width * q.element_size())
     sizes = {"H": h, "L_SEL": l_sel, "D_K": d_k, "D_V": d_v, "DK": DK, "DV": DV}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
-    block_indices, places = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
+    block_indices, (places, span) = block_indices.contiguous(), query_places(q, s, q_start, cu_seqlens)
     entries, counts = block_unions(block_indices, places, l_sel, tokens)
     grad_k, grad_v = k.new_empty(k.shape), v.new_empty(v.shape)
     if on_hopper:
         unions = (entries, counts)
-        grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *places.span(), unions, l_sel, scale)
+        grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *span, unions, l_sel, scale)
     else:
         grad_q = q.new_empty(q.shape)
         rows, keys, warps, stages = tiles[0] if tiles else union_tiles(q, tokens * h, l_sel, width)[1]
@@ -532,7 +513,7 @@ def selected_gradients(
             **sizes, ITEM=ITEM, TOKENS=max(1, rows // h), TOKENS_PAD=padded(rows // h, 1), BM=rows, BN=keys,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    key_places = places if q_start is None or cu_seqlens is None else query_places(k, s, None, cu_seqlens)
+    key_places = places if q_start is None or cu_seqlens is None else query_places(k, s, None, cu_seqlens)[0]
     for sums, grad, channels in ((sum_k, grad_k, d_k), (sum_v, grad_v, d_v)):
         per_program = max(1, 4096 // padded(channels))
         _sum_items_kernel[(triton.cdiv(s, per_program), g, b)](
