@@ -7,7 +7,7 @@ same rows in the same order, in bf16 with fp32 master weights. Then held-out tex
 length and of 2, 4 and 8 times that, the same tokens each time: documents joined, and files that are that long.
 
 `--only NAME` does one model, in a few minutes of an H100, and leaves what it builds in `--folder`; with `--minutes M`
-it stops after so long, and the same command goes on from there. `--merge A.json B.json … OUT.json` joins files and
+it stops after so long, and the same command goes on from there. `OUT.json --merge A.json B.json …` joins files and
 draws without a GPU. `--only data` builds the text alone. Beside each file of Native Sparse Attention, OUT-NAME.npz
 says which blocks the trained model picks in a held-out file: `text` (tokens), `queries` (their positions), `blocks`
 int16 [layers, queries, groups, n_sel], -1 for none, and `gates` float16 [layers, queries, groups, 3].
@@ -52,8 +52,8 @@ FULL: dict[str, Any] = {
 SMALL = FULL | {
     "model": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_groups": 2, "d_k": 16, "d_v": 16, "phi": "mlp",
               "l": 8, "d": 4, "l_sel": 16, "n_sel": 4, "w": 32},
-    "vocab": 512, "bytes": 2**21, "seq_len": 256, "batch_size": 4, "steps": 30, "lr": 4e-3, "warmup": 5,
-    "eval_every": 10, "eval_batches": 2, "test_tokens": 2**12, "compile": "none",
+    "vocab": 512, "bytes": 2**21, "seq_len": 256, "batch_size": 4, "steps": 100, "lr": 4e-3, "warmup": 10,
+    "eval_every": 20, "eval_batches": 2, "test_tokens": 2**12, "compile": "none",
 }  # fmt: skip
 SUFFIXES = {".py", ".pyi", ".md", ".rst", ".h", ".hpp", ".cuh"}
 LARGEST = 2**20
@@ -284,34 +284,32 @@ def plot(record: dict, path: Path) -> None:
     """Losses over the tokens trained on, by the length of the context, and by position in the longest."""
     from matplotlib import pyplot
 
-    s = record["sizes"]
-    kinds = list(next(iter(record["runs"].values()))["longer"])
-    figure, axes = pyplot.subplots(1, 1 + 2 * len(kinds), figsize=(6 + 8 * len(kinds), 4.2), layout="constrained")
-    for color, (name, x) in zip(
-        ("#444444", "#0b3c8c", "#c8321e"), sorted(x for x in record["runs"].items()), strict=False
-    ):
-        tokens = s["batch_size"] * s["seq_len"] / 1e6
-        n = max(1, len(x["losses"]) // 50)
-        smooth = np.convolve(x["losses"], np.ones(n) / n, "valid")
-        axes[0].plot(tokens * (np.arange(len(smooth)) + n), smooth, color=color, alpha=0.35, linewidth=1)
-        steps, values = zip(*x["held_out"], strict=True)
-        axes[0].plot(tokens * np.array(steps), values, color=color, marker=".", label=f"{name}, held out")
-        for i, kind in enumerate(kinds):
-            longer = x["longer"][kind]
-            axes[1 + 2 * i].plot(longer["by_length"].keys(), longer["by_length"].values(), color=color, marker=".")
-            bins = longer["by_position"][str(longer["longest"])]
-            axes[2 + 2 * i].plot([name.split("-")[0] for name in bins], bins.values(), color=color, marker=".")
-    low = min(min(x["losses"]) for x in record["runs"].values())
-    axes[0].set(xlabel="million tokens", ylabel="nats per token", title="training (pale) and held-out text",
-                ylim=(0.95 * low, 1.8 * low))  # fmt: skip
-    axes[0].legend()
-    for i, kind in enumerate(kinds):
-        what = "documents joined" if kind == "joined" else "long files"
-        axes[1 + 2 * i].set(xlabel=f"context, tokens (trained: {s['seq_len']})", title=f"held out, {what}")
-        axes[2 + 2 * i].set(xlabel="position from … on, longest context", title=what)
-        axes[2 + 2 * i].tick_params(axis="x", rotation=60)
-    for ax in axes:
+    s, runs = record["sizes"], record["runs"]
+    figure, (curves, lengths, positions) = pyplot.subplots(1, 3, figsize=(17, 4.6), layout="constrained")
+    millions = s["batch_size"] * s["seq_len"] / 1e6
+    for name, color in zip(MODELS, ("#444444", "#0b3c8c", "#c8321e"), strict=True):
+        if name not in runs:
+            continue
+        n = max(1, len(runs[name]["losses"]) // 50)
+        smooth = np.convolve(runs[name]["losses"], np.ones(n) / n, "valid")
+        curves.plot(millions * (np.arange(len(smooth)) + n), smooth, color=color, alpha=0.35, linewidth=1)
+        steps, values = zip(*runs[name]["held_out"], strict=True)
+        curves.plot(millions * np.array(steps), values, color=color, marker=".", label=name)
+        for kind, x in runs[name]["longer"].items():
+            how = {"color": color, "marker": ".", "linestyle": "-" if kind == "joined" else "--",
+                   "label": f"{name}, {'documents joined' if kind == 'joined' else 'long files'}"}  # fmt: skip
+            lengths.plot(list(x["by_length"]), list(x["by_length"].values()), **how)
+            bins = x["by_position"][str(x["longest"])]
+            positions.plot([where.split("-")[0] for where in bins], list(bins.values()), **how)
+    low = min(min(x["losses"]) for x in runs.values())
+    curves.set(xlabel="million tokens", ylabel="nats per token", title="held out, and training (pale, running mean)",
+               ylim=(0.95 * low, 1.8 * low))  # fmt: skip
+    lengths.set(xlabel=f"tokens of a context; trained with {s['seq_len']}", title="held out, the same tokens")
+    positions.set(xlabel=f"position in {LONGER[-1] * s['seq_len']} tokens, from … on", title="held out, by position")
+    positions.tick_params(axis="x", rotation=60)
+    for ax in (curves, lengths, positions):
         ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -1,11 +1,12 @@
 """Find needles in long text: Native Sparse Attention, and the same model with its window alone.
 
 `python profiles/needle.py OUT.json` (extra bench for the picture OUT.png). `--only nsa` and `--only window` make one
-model each, in about 3 minutes of an H100; `--merge NSA.json WINDOW.json OUT.json` joins them and draws without a GPU.
+model each, in about 3 minutes of an H100; `OUT.json --merge A.json B.json` joins them and draws without a GPU.
 
-A row is text (bytes of Python's standard library) in which needles stand at random places, one in each of n equal
-parts: a key followed by its value of two symbols; after the text all keys come once more, in another order, each with
-its value, which is to be predicted. Nothing else counts for the loss. Windows of all layers together reach back
+A row is text (bytes of Python's standard library) in which needles stand at random places: a key followed by its value
+of two symbols, and four of those side by side, so that a compressed token alone hardly tells which value is whose. All
+places are of equal parts of the text. After it all keys come once more, in another order, each with its value, which is
+to be predicted. Nothing else counts for the loss. Windows of all layers together reach back
 `layers * (w - 1)` tokens: what stands further away, a model with its window alone cannot know. That model is the
 package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in the test.
 
@@ -35,19 +36,19 @@ from nsa_compile.data import build_shards
 from nsa_compile.module import BRANCHES, GateMLP
 from nsa_compile.precision import computing_in
 
-BYTES, KEYS, VALUES, VALUE_TOKENS = 256, 128, 64, 2
+BYTES, KEYS, VALUES, VALUE_TOKENS, TOGETHER = 256, 128, 64, 2, 4
 MODELS = {"nsa": None, "window": "win"}
 FULL: dict[str, Any] = {
     "model": {"dim": 256, "n_heads": 8, "n_kv_groups": 2, "d_k": 64, "d_v": 64, "n_layers": 3, "phi": "mlp",
-              "l": 16, "d": 8, "l_sel": 32, "n_sel": 8, "w": 64, "rope_theta": 500000.0},
-    "lengths": [128, 256, 512, 1024, 2048, 4096], "test": [512, 1024, 2048, 4096, 8192, 16384], "needles": 64,
+              "l": 16, "d": 8, "l_sel": 32, "n_sel": 6, "w": 64, "rope_theta": 500000.0},
+    "lengths": [128, 256, 512, 1024, 2048, 4096, 8192], "test": [512, 1024, 2048, 4096, 8192, 16384], "needles": 64,
     "tokens": 65536, "steps": 4000, "seconds": 170.0, "lr": 1e-3, "warmup": 100, "test_tokens": 2**20,
 }  # fmt: skip
 SMALL = FULL | {
-    "model": {"dim": 64, "n_heads": 4, "n_kv_groups": 1, "d_k": 32, "d_v": 32, "n_layers": 2, "phi": "mlp",
-              "l": 8, "d": 4, "l_sel": 8, "n_sel": 4, "w": 16, "rope_theta": 500000.0},
+    "model": {"dim": 64, "n_heads": 4, "n_kv_groups": 2, "d_k": 32, "d_v": 32, "n_layers": 2, "phi": "mlp",
+              "l": 8, "d": 4, "l_sel": 8, "n_sel": 6, "w": 16, "rope_theta": 500000.0},
     "lengths": [32, 64, 128, 256], "test": [128, 256, 512], "needles": 16,
-    "tokens": 2048, "steps": 600, "seconds": 60.0, "lr": 3e-3, "warmup": 20, "test_tokens": 2**14,
+    "tokens": 2048, "steps": 600, "seconds": 45.0, "lr": 3e-3, "warmup": 20, "test_tokens": 2**14,
 }  # fmt: skip
 DEPTHS = 10
 
@@ -65,21 +66,19 @@ class Rows(NamedTuple):
 
 def draw(text: Tensor, t: int, s: dict, generator: torch.Generator) -> Rows:
     """About `s["tokens"]` tokens in rows of t; text uint8 [bytes] on the device of the generator."""
-    rows, n, size, device = (
-        max(1, s["tokens"] // t),
-        min(s["needles"], t // s["model"]["l"]),
-        1 + VALUE_TOKENS,
-        text.device,
-    )
+    rows, n = max(1, s["tokens"] // t), min(s["needles"], t // s["model"]["l"]) // TOGETHER * TOGETHER
+    size, device = 1 + VALUE_TOKENS, text.device
     how: dict[str, Any] = {"generator": generator, "device": device}
     begin = t - n * size  # of the questions
-    part = begin // n
+    part = begin // (n // TOGETHER)
     starts = torch.randint(len(text) - t, (rows, 1), **how)
     ids = text[starts + torch.arange(t, device=device)].long()
     keys = BYTES + torch.rand(rows, KEYS, **how).argsort(1)[:, :n, None]
     values = BYTES + KEYS + torch.randint(VALUES, (rows, n, VALUE_TOKENS), **how)
     items = torch.cat((keys, values), 2)
-    needles = torch.arange(n, device=device) * part + torch.randint(part - size + 1, (rows, n), **how)
+    groups = torch.arange(n // TOGETHER, device=device) * part
+    groups = groups + torch.randint(part - TOGETHER * size + 1, (rows, n // TOGETHER), **how)
+    needles = (groups[..., None] + torch.arange(TOGETHER, device=device) * size).flatten(1)
     ids.scatter_(1, (needles[..., None] + torch.arange(size, device=device)).flatten(1), items.flatten(1))
     order = torch.rand(rows, n, **how).argsort(1)
     ids[:, begin:] = items.gather(1, order[..., None].expand_as(items)).flatten(1)
@@ -89,7 +88,7 @@ def draw(text: Tensor, t: int, s: dict, generator: torch.Generator) -> Rows:
 
 def answer(model: nsa.NSALanguageModel, rows: Rows, branch: str | None) -> tuple[Tensor, Tensor]:
     """Loss of the answers in nats per token, and which ones are right in all tokens, bool [b, n]."""
-    logits = model.head(model.hidden(rows.ids, branch=branch)[:, rows.asked]).float()
+    logits = model.head(model.hidden(rows.ids, branch=branch).index_select(1, rows.asked)).float()
     target = rows.ids[:, rows.asked + 1]
     right = (logits.argmax(-1) == target).unflatten(1, (-1, VALUE_TOKENS)).all(-1)
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()), right
@@ -106,7 +105,7 @@ def make_model(sizes: dict, device: str) -> nsa.NSALanguageModel:
 
 
 def train(model: nsa.NSALanguageModel, text: Tensor, s: dict, branch: str | None) -> tuple[list[dict], float]:
-    """AdamW over rows that grow; what happened at every 50th step and every change of length, and seconds."""
+    """AdamW over rows that grow; what happened at every 50th step, and seconds."""
     generator = torch.Generator(text.device).manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     lengths, stage, since, curve = s["lengths"], 0, 0.0, []
@@ -181,8 +180,8 @@ def test(model: nsa.NSALanguageModel, text: Tensor, s: dict, t: int, branch: str
             wanted = (rows.needles // c.l_sel)[..., None]
             hits = [(blocks[:, place].flatten(2) == wanted).any(-1) for blocks in choices.blocks]
             rights.append(right)
-            depths.append(rows.needles * DEPTHS // (t - VALUE_TOKENS))
-            far.append(place + VALUE_TOKENS - 1 - rows.needles > c.n_layers * (c.w - 1))
+            depths.append(rows.needles * DEPTHS // rows.asked[0])
+            far.append(place - rows.needles - VALUE_TOKENS > c.n_layers * (c.w - 1))
             chosen.append(torch.stack(hits).any(0))
     right, depth, beyond, hit = (torch.cat(x).flatten().cpu() for x in (rights, depths, far, chosen))
     share = lambda mask: right[mask].double().mean().item() if mask.any() else None  # noqa: E731
@@ -231,10 +230,10 @@ def plot(record: dict, path: Path) -> None:
                 ax.text(j, i, f"{value:.0f}" if value < 99.5 or value == 100 else f"{value:.1f}", ha="center",
                         va="center", fontsize=8)  # fmt: skip
         trained = max(x["sizes"]["lengths"])
-        ax.set(title=f"{name}: % found", xlabel="depth of the needle, tenths of the row", ylabel="tokens",
+        ax.set(title=f"{name}: % found", xlabel="depth of the needle, tenths of the text", ylabel="tokens",
                xticks=range(DEPTHS), yticks=range(len(rows)),
                yticklabels=[f"{row['tokens']}{'*' if row['tokens'] > trained else ''}" for row in rows])  # fmt: skip
-        axes[-1].plot([y["step"] for y in x["curve"]], [100 * y["found"] for y in x["curve"]], label=name)
+        axes[-1].plot([y["step"] for y in x["curve"]], [100 * y["found"] for y in x["curve"]], marker=".", label=name)
     axes[-1].set(xlabel="steps, rows growing", ylabel="% found in training", ylim=(-2, 102))
     axes[-1].legend()
     axes[-1].grid(alpha=0.3)
