@@ -4,11 +4,12 @@
 model each, in about 3 minutes of an H100; `OUT.json --merge A.json B.json` joins them and draws without a GPU.
 
 A row is text (bytes of Python's standard library) in which needles stand at random places: a key followed by its value
-of two symbols, and four of those side by side, so that a compressed token alone hardly tells which value is whose. All
-places are of equal parts of the text. After it all keys come once more, in another order, each with its value, which is
-to be predicted. Nothing else counts for the loss. Windows of all layers together reach back
+of two symbols; two needles stand side by side, so that a compressed token hardly tells which value is whose, and each
+of equal parts of the text has such a pair. After the text all keys come once more, in another order, each with its
+value, which is to be predicted. Nothing else counts for the loss. Windows of all layers together reach back
 `layers * (w - 1)` tokens: what stands further away, a model with its window alone cannot know. That model is the
-package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in the test.
+package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in the test. The table
+"without" is of the trained model with the gates of one branch closed.
 
 What makes it learn, quickly and from any seed: as many needles in a row as fit, so that there are many answers; short
 rows first, twice as long as soon as 95 % are found (or after a share of the time); weights that start with a standard
@@ -36,18 +37,20 @@ from nsa_compile.data import build_shards
 from nsa_compile.module import BRANCHES, GateMLP
 from nsa_compile.precision import computing_in
 
-BYTES, KEYS, VALUES, VALUE_TOKENS, TOGETHER = 256, 128, 64, 2, 4
+BYTES = 256
 MODELS = {"nsa": None, "window": "win"}
 FULL: dict[str, Any] = {
     "model": {"dim": 256, "n_heads": 8, "n_kv_groups": 2, "d_k": 64, "d_v": 64, "n_layers": 3, "phi": "mlp",
               "l": 16, "d": 8, "l_sel": 32, "n_sel": 6, "w": 64, "rope_theta": 500000.0},
-    "lengths": [128, 256, 512, 1024, 2048, 4096, 8192], "test": [512, 1024, 2048, 4096, 8192, 16384], "needles": 64,
+    "lengths": [128, 256, 512, 1024, 2048, 4096, 8192], "test": [512, 1024, 2048, 4096, 8192, 16384],
+    "needles": 64, "together": 2, "keys": 128, "values": 64, "value_tokens": 2,
     "tokens": 65536, "steps": 4000, "seconds": 170.0, "lr": 1e-3, "warmup": 100, "test_tokens": 2**20,
 }  # fmt: skip
 SMALL = FULL | {
     "model": {"dim": 64, "n_heads": 4, "n_kv_groups": 2, "d_k": 32, "d_v": 32, "n_layers": 2, "phi": "mlp",
               "l": 8, "d": 4, "l_sel": 8, "n_sel": 6, "w": 16, "rope_theta": 500000.0},
-    "lengths": [32, 64, 128, 256], "test": [128, 256, 512], "needles": 16,
+    "lengths": [32, 64, 128, 256], "test": [128, 256, 512],
+    "needles": 16, "together": 1, "keys": 32, "values": 16, "value_tokens": 1,
     "tokens": 2048, "steps": 600, "seconds": 45.0, "lr": 3e-3, "warmup": 20, "test_tokens": 2**14,
 }  # fmt: skip
 DEPTHS = 10
@@ -59,30 +62,31 @@ class Rows(NamedTuple):
     ids: Tensor
     """int64 [b, t]."""
     asked: Tensor
-    """Places in a row that the tokens of the answers are predicted at, int64 [n * VALUE_TOKENS]."""
+    """Places in a row that the tokens of the answers are predicted at, int64 [n * value tokens]."""
     needles: Tensor
     """Place of the needle that each question is about, int64 [b, n]."""
 
 
 def draw(text: Tensor, t: int, s: dict, generator: torch.Generator) -> Rows:
     """About `s["tokens"]` tokens in rows of t; text uint8 [bytes] on the device of the generator."""
-    rows, n = max(1, s["tokens"] // t), min(s["needles"], t // s["model"]["l"]) // TOGETHER * TOGETHER
-    size, device = 1 + VALUE_TOKENS, text.device
+    rows, size, together, device = max(1, s["tokens"] // t), 1 + s["value_tokens"], s["together"], text.device
+    n_groups = min(s["needles"], t // s["model"]["l"]) // together
+    n = n_groups * together
     how: dict[str, Any] = {"generator": generator, "device": device}
     begin = t - n * size  # of the questions
-    part = begin // (n // TOGETHER)
+    part = begin // n_groups
     starts = torch.randint(len(text) - t, (rows, 1), **how)
     ids = text[starts + torch.arange(t, device=device)].long()
-    keys = BYTES + torch.rand(rows, KEYS, **how).argsort(1)[:, :n, None]
-    values = BYTES + KEYS + torch.randint(VALUES, (rows, n, VALUE_TOKENS), **how)
+    keys = BYTES + torch.rand(rows, s["keys"], **how).argsort(1)[:, :n, None]
+    values = BYTES + s["keys"] + torch.randint(s["values"], (rows, n, s["value_tokens"]), **how)
     items = torch.cat((keys, values), 2)
-    groups = torch.arange(n // TOGETHER, device=device) * part
-    groups = groups + torch.randint(part - TOGETHER * size + 1, (rows, n // TOGETHER), **how)
-    needles = (groups[..., None] + torch.arange(TOGETHER, device=device) * size).flatten(1)
+    groups = torch.randint(part - together * size + 1, (rows, n_groups), **how)
+    groups = groups + torch.arange(n_groups, device=device) * part
+    needles = (groups[..., None] + torch.arange(together, device=device) * size).flatten(1)
     ids.scatter_(1, (needles[..., None] + torch.arange(size, device=device)).flatten(1), items.flatten(1))
     order = torch.rand(rows, n, **how).argsort(1)
     ids[:, begin:] = items.gather(1, order[..., None].expand_as(items)).flatten(1)
-    asked = begin + torch.arange(n, device=device)[:, None] * size + torch.arange(VALUE_TOKENS, device=device)
+    asked = begin + torch.arange(n, device=device)[:, None] * size + torch.arange(size - 1, device=device)
     return Rows(ids, asked.flatten(), needles.gather(1, order))
 
 
@@ -90,14 +94,14 @@ def answer(model: nsa.NSALanguageModel, rows: Rows, branch: str | None) -> tuple
     """Loss of the answers in nats per token, and which ones are right in all tokens, bool [b, n]."""
     logits = model.head(model.hidden(rows.ids, branch=branch).index_select(1, rows.asked)).float()
     target = rows.ids[:, rows.asked + 1]
-    right = (logits.argmax(-1) == target).unflatten(1, (-1, VALUE_TOKENS)).all(-1)
+    right = (logits.argmax(-1) == target).unflatten(1, (rows.needles.shape[1], -1)).all(-1)
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()), right
 
 
-def make_model(sizes: dict, device: str) -> nsa.NSALanguageModel:
+def make_model(s: dict, device: str) -> nsa.NSALanguageModel:
     """A model whose products start with outputs about as large as their inputs."""
     torch.manual_seed(0)
-    model = nsa.NSALanguageModel(nsa.NSAConfig(**sizes, vocab_size=BYTES + KEYS + VALUES))
+    model = nsa.NSALanguageModel(nsa.NSAConfig(**s["model"], vocab_size=BYTES + s["keys"] + s["values"]))
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.any():  # last layers of gates and φ start at zero
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -176,12 +180,12 @@ def test(model: nsa.NSALanguageModel, text: Tensor, s: dict, t: int, branch: str
             rows = draw(text, t, s, generator)
             with Choices() as choices:
                 _, right = answer(model, rows, branch)
-            place = rows.asked[::VALUE_TOKENS]
+            place = rows.asked[:: s["value_tokens"]]
             wanted = (rows.needles // c.l_sel)[..., None]
             hits = [(blocks[:, place].flatten(2) == wanted).any(-1) for blocks in choices.blocks]
             rights.append(right)
             depths.append(rows.needles * DEPTHS // rows.asked[0])
-            far.append(place - rows.needles - VALUE_TOKENS > c.n_layers * (c.w - 1))
+            far.append(place - rows.needles - s["value_tokens"] > c.n_layers * (c.w - 1))
             chosen.append(torch.stack(hits).any(0))
     right, depth, beyond, hit = (torch.cat(x).flatten().cpu() for x in (rights, depths, far, chosen))
     share = lambda mask: right[mask].double().mean().item() if mask.any() else None  # noqa: E731
@@ -198,7 +202,7 @@ def run(name: str, s: dict, device: str) -> dict:
         corpus = build_shards([], Path(folder) / "shards")
         texts = [part.read(0, min(part.n_tokens, 2**26)) for part in (corpus.train, corpus.validation)]
         text, held_out = (x.to(device, torch.uint8) for x in texts)
-    model, branch = make_model(s["model"], device), MODELS[name]
+    model, branch = make_model(s, device), MODELS[name]
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     with computing_in(model, torch.bfloat16) if device == "cuda" else nullcontext():
         curve, seconds = train(model, text, s, branch)
