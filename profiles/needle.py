@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", choices=MODELS, help="one of the models")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="join files of --only")
-    parser.add_argument("--small", action="store_true", help="sizes for a CPU: two minutes, to see that it works")
+    parser.add_argument("--small", action="store_true", help="sizes for a CPU: two minutes, one-token values")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other sizes, such as steps=100")
     args = parser.parse_args()
     record = {}
