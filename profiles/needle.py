@@ -3,18 +3,18 @@
 `python profiles/needle.py OUT.json` (extra bench for the picture OUT.png). `--only nsa` and `--only window` make one
 model each, in about 3 minutes of an H100; `OUT.json --merge A.json B.json` joins them and draws without a GPU.
 
-A row is text (bytes of Python's standard library) in which needles stand at random places: a key followed by its value
-of two symbols; two needles stand side by side, so that a compressed token hardly tells which value is whose, and each
-of equal parts of the text has such a pair. After the text all keys come once more, in another order, each with its
-value, which is to be predicted. Nothing else counts for the loss. Windows of all layers together reach back
-`layers * (w - 1)` tokens: what stands further away, a model with its window alone cannot know. That model is the
-package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in the test. The table
-"without" is of the trained model with the gates of one branch closed.
+A row is text (bytes of Python's standard library) in which needles stand at random places: a key followed by its value,
+two needles side by side, in each of equal parts of the text. After the text all keys come once more, in another order,
+each with its value, which is to be predicted. Nothing else counts for the loss. Windows of all layers together reach
+back `layers * (w - 1)` tokens: what stands further away, a model with its window alone cannot know, but guess. That
+model is the package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in the test.
+The tests "without" a branch are of the trained model with that branch's gates closed: they tell whether selection was
+needed, or compressed attention alone found the values, as it does with `--small`. Filler of the test is held-out text.
 
-What makes it learn, quickly and from any seed: as many needles in a row as fit, so that there are many answers; short
-rows first, twice as long as soon as 95 % are found (or after a share of the time); weights that start with a standard
-deviation of 1/sqrt(inputs), since scores that start near zero have hardly a gradient; a rising, then falling learning
-rate. The second half of the time goes to the longer lengths in turn. Filler of the test is held-out text.
+How it learns: many needles in a row, so that there are many answers; short rows first, twice as long as soon as 95 %
+are found (or after a share of the time); weights that start with a standard deviation of 1/sqrt(inputs), with which
+small models learnt several times faster; a rising, then falling learning rate. The second half of the time goes to the
+longer lengths in turn.
 """
 
 import argparse
