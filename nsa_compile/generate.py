@@ -50,8 +50,8 @@ def generate(
         temperature, top_p: as in `sample`, for all rows or per row.
         seed: per row, or one from which row r gets `seed + r`. A draw depends on the row's seed and its position only.
         stop_token: the id that ends a row. A finished row is idle in the steps that follow: its cache stays as it is.
-        prefill_chunk: tokens of every prefill call, the last one padded, so that all have one shape; default: one
-            call as long as the longest prompt.
+        prefill_chunk: tokens of every prefill call, the last one padded, so that all have one shape; default: calls of
+            128, 256, … 8192 tokens, so that prompts of any lengths make few shapes.
         cache: from `NSACache.for_model(model, b, capacity)`; prompts continue what it holds. Default: a new one of
             the needed size. Afterwards it holds prompts and generated tokens, but for the last of a row that did
             not stop.

@@ -189,6 +189,15 @@ def test_greedy_equals_whole_forwards_for_rows_of_unequal_length(model, chunk):
     assert result.stopped == [False] * 4
 
 
+def test_prompts_of_any_lengths_make_few_shapes(model):
+    calls = []
+    hook = model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    for length in (2, 60, 129, 200, 370, 700):
+        generate(model, [[1] * length], max_new_tokens=1, cache=NSACache.for_model(model, 1, 800))
+    hook.remove()
+    assert [n for n in calls if n > 1] == [128, 128, 128, 256, 256, 128, 512, 128, 128]
+
+
 def test_a_padded_chunk_may_be_longer_than_what_follows(model):
     prompts = [list(range(17)), [4]]
     expected = [full_greedy(model, prompt, 2) for prompt in prompts]

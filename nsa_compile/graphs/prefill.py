@@ -11,13 +11,16 @@ from nsa_compile.graphs.capture import new_pool, plain_tensors, prepare
 from nsa_compile.ops.checks import check_ints
 
 SIZES = (128, 512, 2048)
+"""Tokens of the chunks that `PrefillGraph` captures."""
+CALLS = tuple(2**i for i in range(7, 14))
+"""Tokens of the chunks of `prefill`, 128 … 8192, so that any lengths make few shapes."""
 
 
-def split_chunks(length: int, sizes: Sequence[int]) -> list[int]:
-    """Sizes of the chunks that take `length` tokens: the largest that fits, or the next one where it is half full."""
+def split_chunks(length: int, sizes: Sequence[int], full: float = 0.5) -> list[int]:
+    """Sizes of the chunks that take `length` tokens: the largest of which no less than the part `full` is used."""
     chunks, sizes = [], sorted(sizes)
     while length > 0:
-        fitting = [size for size in sizes if size <= length or 2 * length >= size]
+        fitting = [size for size in sizes if length >= full * size]
         chunks.append(max(fitting, default=sizes[0]))
         length -= chunks[-1]
     return chunks
@@ -26,8 +29,8 @@ def split_chunks(length: int, sizes: Sequence[int]) -> list[int]:
 def prefill(model: nn.Module, rows: Sequence[Sequence[int]], cache: NSACache, *, chunk: int | None = None) -> Tensor:
     """Append rows of token ids, not all of them empty, to a cache; returns the logits [b, vocab] after each row's last.
 
-    `chunk` is the number of tokens of every call, padding included; by default that of the longest row. Goes without
-    gradients. Raises ValueError or TypeError before anything is written if a row would pass the cache's capacity.
+    `chunk` is the number of tokens of every call, padding included; by default one of `CALLS`. Goes without gradients.
+    Raises ValueError or TypeError before anything is written if a row would pass the cache's capacity.
     """
     logits: Tensor | None = None
 
@@ -36,7 +39,7 @@ def prefill(model: nn.Module, rows: Sequence[Sequence[int]], cache: NSACache, *,
         new = model(ids, cache=cache, lengths=lengths, last_only=True)[:, 0]
         logits = new.clone() if logits is None else torch.where((lengths > 0)[:, None], new, logits)
 
-    _feed_chunks(rows, cache, (chunk or max(len(row) for row in rows),), feed)
+    _feed_chunks(rows, cache, CALLS if chunk is None else (chunk,), feed, full=0.75)
     if logits is None:
         raise ValueError("rows: expected at least 1 token in one of them, got none")
     return logits
@@ -48,6 +51,7 @@ def _feed_chunks(
     sizes: Sequence[int],
     feed: Callable[[Tensor, Tensor], None],
     vocab_size: int | None = None,
+    full: float = 0.5,
 ) -> None:
     """Hand out chunks of ids int64 [b, size] with their lengths int32 [b], on the cache's device."""
     if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)):
@@ -56,7 +60,7 @@ def _feed_chunks(
     if len(rows) != cache.batch:
         raise ValueError(f"rows: expected {cache.batch}, one per row of the cache, got {len(rows)}")
     device, lengths = cache.positions.device, [len(row) for row in rows]
-    chunks = split_chunks(max(lengths), [min(size, cache.capacity) for size in sizes])
+    chunks = split_chunks(max(lengths), [min(size, cache.capacity) for size in sizes], full)
     padded = torch.zeros(len(rows), sum(chunks), dtype=torch.int64, pin_memory=device.type == "cuda")
     for ids, row in zip(padded, rows, strict=True):
         ids[: len(row)] = torch.tensor(row, dtype=torch.int64)
