@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import pickle
-import resource
 import sys
 
 import numpy as np
@@ -264,16 +263,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("size", [50_000, 500], ids=["writing", "closing"])
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, size):
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, size, file_limit):
     (tmp_path / "a.txt").write_text("x" * size)
     (tmp_path / "b.txt").write_text("y" * size)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size * 2 // 5, before[1]))  # the next best thing to a full disk
-    try:
-        with pytest.raises(OSError, match=r"out\.part/unit-0-(train|validation)"):
-            build_shards([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file_limit(size * 2 // 5)
+    with pytest.raises(OSError, match=r"out\.part/unit-0-(train|validation)"):
+        build_shards([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
 
 

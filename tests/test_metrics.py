@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 import threading
 from itertools import pairwise
@@ -50,26 +49,18 @@ def test_a_line_per_step_and_steps_that_come_again_go(tmp_path):
         writer.write({"step": 1})
 
 
-@pytest.fixture
-def no_room():
-    """Files cannot grow: the next best thing to a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_what_was_written_stays_on_a_full_disk(tmp_path, request):
+def test_what_was_written_stays_on_a_full_disk(tmp_path, file_limit):
     path = tmp_path / METRICS_FILE
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)))
-    request.getfixturevalue("no_room")
+    file_limit(0)
     keep_until(path, 3)
     assert path.read_text().splitlines() == [f'{{"step": {step}}}' for step in (1, 2, 3)]
 
 
-def test_a_full_disk_is_named_for_tensorboard(tmp_path, no_room, monkeypatch):
+def test_a_full_disk_is_named_for_tensorboard(tmp_path, file_limit, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setattr(threading, "excepthook", lambda error: None)
+    file_limit(0)
     with pytest.raises(OSError, match=f"File too large: .*{TENSORBOARD}"):
         MetricsWriter(tmp_path, 0, tensorboard=True)
 
