@@ -50,10 +50,15 @@ class Checkpoints:
         out: the run's folder, the same for all processes.
         keep: checkpoints to keep.
         group: of all processes, on the CPU and used for nothing else; None for a single process.
+        saved: step of the checkpoint that the run goes on from.
     """
 
-    def __init__(self, out: Path, *, keep: int = 1, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, out: Path, *, keep: int = 1, group: dist.ProcessGroup | None = None, saved: int | None = None
+    ) -> None:
         self.out, self.keep, self.group = out, keep, group
+        # all processes must decide alike what to write: not by a folder that the first one may yet have to rename
+        self.saved = self._writing = saved
         self.first = group is None or dist.get_rank() == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -65,23 +70,24 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, model: NSALanguageModel, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> Path:
-        """Start to write a checkpoint, unless there is that of this step; `facts` go to run.json. Returns its path."""
+        """Start to write a checkpoint, unless the last is of this step; `facts` go to run.json. Returns its path."""
         from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
         self.wait()
         final, temporary = self.out / f"step-{step:06d}", self.out / f".step-{step:06d}.part"
-        if (final / RUN_FILE).is_file():
+        if step == self.saved:
             return final
-        with naming(temporary):
-            if self.first:
+        if self.first:
+            with naming(temporary):
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                temporary.mkdir(parents=True, exist_ok=True)  # others may have made it by now
                 model.config.save(temporary / "config.json")
                 (temporary / RUN_FILE).write_text(json.dumps({"step": step, **facts}, indent=1) + "\n")
         staged = BlockingAsyncStager().stage(state_of(model, optimizer))
         self._thread = threading.Thread(
             target=self._write, args=(staged, temporary, final), name="checkpoint", daemon=True
         )
+        self._writing = step
         self._thread.start()
         return final
 
@@ -93,6 +99,7 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        self.saved = self._writing
 
     def give_up(self) -> None:
         """Let the checkpoint at hand end, for a run that fails anyway: others may not be there to finish theirs."""
@@ -118,7 +125,7 @@ class Checkpoints:
             if self.first:
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, RuntimeError):  # torch's, around errors of files
-                error = OSError(errno.EIO, str(error).splitlines()[0], str(temporary))
+                error = OSError(errno.EIO, f"{str(error).splitlines()[0]}: is the disk full?", str(temporary))
             self._error = error
 
 
@@ -151,9 +158,10 @@ def load_state(
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given beside the state, and the step. Raises ValueError for a checkpoint without."""
+def read_facts(checkpoint: Path, *names: str) -> dict[str, Any]:
+    """What `save` was given beside the state, and the step. Raises ValueError for a checkpoint without `names`."""
     try:
-        return json.loads((checkpoint / RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"resume: expected a checkpoint with {RUN_FILE}, got {checkpoint}: {error}") from error
+        facts = json.loads((checkpoint / RUN_FILE).read_text())
+        return facts | {name: facts[name] for name in names}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"resume: expected a checkpoint with {RUN_FILE}, got {checkpoint}: {error!r}") from error

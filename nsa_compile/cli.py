@@ -4,6 +4,8 @@ import dataclasses
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,20 +52,47 @@ OPS = (
 )  # fmt: skip
 
 
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""click's UsageError, wherever this version of typer has it from."""
+
+
 class ErrorLine(TyperGroup):
     """Commands whose errors about input are one line on stderr and exit code 2."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the command; without anything that is the help."""
+        with error_line(ctx if args else None):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        try:
+        with error_line(ctx):
             return super().invoke(ctx)
-        except (ValueError, OSError, FloatingPointError, ImportError) as error:
-            if ctx.params.get("traceback"):
-                raise
-            if isinstance(error, SaidElsewhere):
-                raise typer.Exit(2) from error
-            print(f"error (rank {rank()}):" if rank() else "error:", " ".join(str(error).split()), file=sys.stderr)
-            raise typer.Exit(2) from error
+
+
+@contextmanager
+def error_line(ctx: Any) -> Iterator[None]:
+    """End the process with an error about input in one line; without a context, or if asked, with a traceback."""
+    try:
+        yield
+    except USAGE_ERROR as error:
+        if ctx is None:
+            raise
+        if not rank():
+            command = (error.ctx or ctx).command_path
+            say_error(f"{error.format_message().rstrip('.')}; {command} --help lists what is accepted")
+        raise typer.Exit(2) from error
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if ctx is None or ctx.params.get("traceback"):
+            raise
+        if not isinstance(error, SaidElsewhere):
+            say_error(str(error))
+        raise typer.Exit(2) from error
+
+
+def say_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"error (rank {rank()}):" if rank() else "error:", " ".join(message.split()), file=sys.stderr)
 
 
 app = typer.Typer(

@@ -94,14 +94,19 @@ def process_group(device: torch.device, timeout: float | None) -> Iterator[World
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    wait = None if timeout is None else datetime.timedelta(seconds=2 * timeout + 10)
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(meet(store, rank, size, JOIN_TIMEOUT), store), rank=rank, world_size=size, timeout=wait,
+        store=dist.PrefixStore(meet(store, rank, size, JOIN_TIMEOUT), store), rank=rank, world_size=size,
+        timeout=patience(timeout),
     )  # fmt: skip
     yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     dist.destroy_process_group()  # not after an error: the others may not come
+
+
+def patience(timeout: float | None, least: float = 0.0) -> datetime.timedelta | None:
+    """How long communication may take for a watchdog of `timeout` seconds to speak first; None as torch has it."""
+    return None if timeout is None else datetime.timedelta(seconds=max(least, 2 * timeout + 10))
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:

@@ -42,8 +42,10 @@ class MetricsWriter:
         self.board: Any = None
         if self.path is None:
             return
+        self.boards = self.path.parent / TENSORBOARD
         if tensorboard:
-            self.board = summary_writer()(str(self.path.parent / TENSORBOARD), purge_step=done + 1)
+            with naming(self.boards):
+                self.board = summary_writer()(str(self.boards), purge_step=done + 1)
         with naming(self.path):
             keep_until(self.path, done)
             self.file = self.path.open("a")
@@ -56,7 +58,8 @@ class MetricsWriter:
             with naming(self.path):
                 self.file.close()
         if self.board is not None:
-            self.board.close()
+            with naming(self.boards):
+                self.board.close()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append the metrics of a step that are not None; lists of dicts are those of layers."""
@@ -67,8 +70,9 @@ class MetricsWriter:
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
         if self.board is not None:
-            for name, value in scalars(metrics):
-                self.board.add_scalar(name, value, metrics["step"])
+            with naming(self.boards):
+                for name, value in scalars(metrics):
+                    self.board.add_scalar(name, value, metrics["step"])
 
 
 def summary_writer() -> Any:
@@ -83,10 +87,15 @@ def summary_writer() -> Any:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Leave the whole lines up to `step` in a metrics file."""
+    """Cut a metrics file before the first line that is not whole, or of a step after `step`."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        with path.open("r+b") as file:
+            end = 0
+            for line in file:
+                if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                    break
+                end += len(line)
+            file.truncate(end)
 
 
 def scalars(metrics: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

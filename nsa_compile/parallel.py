@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops import sharding  # noqa: F401  (lets the ops take DTensors)
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
 from nsa_compile.custom_ops.rope import apply_rope
@@ -117,12 +118,25 @@ def check_plan(model: NSALanguageModel, mesh: DeviceMesh) -> None:
     weight, c = model.head.weight, model.config
     if weight.device.type != mesh.device_type:
         raise ValueError(f"model: expected weights on {mesh.device_type} as the mesh's, got {weight.device}")
-    cp, tp = mesh["cp"].size(), mesh["tp"].size()
-    for name, size in (("n_kv_groups", c.n_kv_groups), ("4 * dim", 4 * c.dim)):
+    check_sizes(c, cp=mesh["cp"].size(), tp=mesh["tp"].size())
+
+
+def check_sizes(model: NSAConfig, *, cp: int, tp: int) -> None:
+    """Raise ValueError for numbers of context- and tensor-parallel processes that a model does not allow."""
+    for name, size in (("n_kv_groups", model.n_kv_groups), ("4 * dim", 4 * model.dim)):
         if size % tp:
-            raise ValueError(f"mesh: expected tp to divide {name} = {size}, got tp = {tp}")
-    if cp > 1 and c.attention != "nsa":
-        raise ValueError(f"mesh: expected cp = 1 for attention {c.attention!r}, got cp = {cp}")
+            raise ValueError(f"tp: expected a divisor of {name} = {size}, got {tp}")
+    if cp > 1 and model.attention != "nsa":
+        raise ValueError(f"cp: expected 1 for attention {model.attention!r}, got {cp}")
+
+
+def check_row(name: str, tokens: int, model: NSAConfig, *, cp: int) -> None:
+    """Raise ValueError for a row of tokens, whole or packed, that cannot be cut into chunks for cp > 1 processes."""
+    if cp > 1 and (tokens % (2 * cp * model.d) or tokens < 2 * cp * model.l):
+        raise ValueError(
+            f"{name}: expected rows of a multiple of 2 * cp * d = {2 * cp * model.d} tokens, at least 2 * cp * l = "
+            f"{2 * cp * model.l}, got {tokens}"
+        )
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -207,15 +221,11 @@ class ParallelLanguageModel(NSALanguageModel):
 
         Raises: ValueError unless t is a multiple of 2 * cp * d and a chunk is at least l tokens.
         """
-        ring, c = self.plan.ring, self.config
+        ring = self.plan.ring
         if ring is None:
             return x
+        check_row("ids", x.shape[1], self.config, cp=ring.size)
         chunk = x.shape[1] // (2 * ring.size)
-        if x.shape[1] % (2 * ring.size * c.d) or chunk < c.l:
-            raise ValueError(
-                f"ids: expected a multiple of 2 * cp * d = {2 * ring.size * c.d} tokens, at least 2 * cp * l = "
-                f"{2 * ring.size * c.l}, got {x.shape[1]}"
-            )
         return torch.cat([x[:, start : start + chunk] for start in ring.starts(chunk)], dim=1)
 
     def all_tokens(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from nsa_compile.checkpoints import Checkpoints, find_checkpoint, load_state, re
 from nsa_compile.config import NSAConfig
 from nsa_compile.data import Batch, Corpus, PackedBatches, TokenShards, prefetch
 from nsa_compile.faults import StopFlag, Watchdog, stop_flag
-from nsa_compile.launch import together
+from nsa_compile.launch import patience, together
 from nsa_compile.metrics import (
     LayerStatistics,
     MetricsWriter,
@@ -31,7 +31,7 @@ from nsa_compile.metrics import (
     summary_writer,
 )
 from nsa_compile.model import NSALanguageModel
-from nsa_compile.parallel import clip_grad_norm, parallelize
+from nsa_compile.parallel import check_row, check_sizes, clip_grad_norm, parallelize
 from nsa_compile.precision import computing_in
 from nsa_compile.recompute import MODES, recomputing, unwrap_forward, wrap_forward
 
@@ -184,14 +184,12 @@ class Ranks(NamedTuple):
     """All processes, over the CPU; None for a single one."""
 
     @classmethod
-    def of(cls, mesh: DeviceMesh | None) -> "Ranks":
-        """From the mesh of a run."""
+    def of(cls, mesh: DeviceMesh | None, timeout: float | None = None) -> "Ranks":
+        """From the mesh of a run and the timeout of its watchdog."""
         if mesh is None:
             return cls(0, 1, 0, 1, None)
         dp = mesh["dp"]
-        return cls(
-            dist.get_rank(), dist.get_world_size(), dp.get_local_rank(), dp.size(), dist.new_group(backend="gloo")
-        )
+        return cls(dist.get_rank(), dist.get_world_size(), dp.get_local_rank(), dp.size(), cpu_group(timeout))
 
     def agree(self, flag: StopFlag) -> int:
         """The signal that any process got, 0 for none."""
@@ -205,6 +203,11 @@ class Ranks(NamedTuple):
         """Wait for the others."""
         if self.group is not None:
             dist.barrier(self.group)
+
+
+def cpu_group(timeout: float | None) -> dist.ProcessGroup:
+    """A new group of all processes over the CPU, more patient than a watchdog of `timeout` seconds."""
+    return dist.new_group(backend="gloo", timeout=patience(timeout, least=1800.0))
 
 
 def train(
@@ -234,7 +237,7 @@ def train(
         FloatingPointError for a loss or gradient that is not finite, before it changes the weights;
         OSError naming a file that cannot be read or written.
     """
-    out, ranks = Path(out), Ranks.of(mesh)
+    out, ranks = Path(out), Ranks.of(mesh, config.timeout)
     facts = {"config": dataclasses.asdict(config), "text": corpus.digest()}
 
     def begin() -> tuple[Path | None, PackedBatches, PackedBatches]:
@@ -255,8 +258,10 @@ def train(
 
     newest, batches, held_out = begin() if ranks.group is None else together(begin, ranks.group)
     # a group of their own: their thread and this one would mix up the order of what they send
-    group = None if mesh is None else dist.new_group(backend="gloo")
-    checkpoints = Checkpoints(out, keep=config.keep, group=group)
+    checkpoints = Checkpoints(
+        out, keep=config.keep, group=None if mesh is None else cpu_group(config.timeout),
+        saved=None if newest is None else step_of(newest),
+    )  # fmt: skip
     with ExitStack() as stack:
         loss_function = stack.enter_context(prepared(model, config, mesh))
         optimizer = make_optimizer(model, config)
@@ -302,6 +307,7 @@ def train(
             stopped = ranks.agree(stop)
         checkpoint = checkpoints.save(done, model, optimizer, facts)
         checkpoints.wait()
+        ranks.wait()  # for the first process to have renamed it
         return TrainResult(done, val_loss, signal.Signals(stopped).name if stopped else None, checkpoint)
 
 
@@ -316,16 +322,8 @@ def check_mesh(config: TrainConfig, model: NSAConfig, shape: tuple[int, ...] | N
     if shape is not None and config.compile == "model":
         raise ValueError("compile: expected 'block' or 'none' with a mesh, whose collectives are no part of a graph, "
                          "got 'model'")  # fmt: skip
-    if model.n_kv_groups % tp:
-        raise ValueError(f"tp: expected a divisor of n_kv_groups = {model.n_kv_groups}, got {tp}")
-    if cp > 1 and model.attention != "nsa":
-        raise ValueError(f"cp: expected 1 for attention {model.attention!r}, got {cp}")
-    tokens = config.seq_len * (config.batch_size // parts if config.packed else 1)
-    if cp > 1 and (tokens % (2 * cp * model.d) or tokens < 2 * cp * model.l):
-        raise ValueError(
-            f"seq_len: expected rows of a multiple of 2 * cp * d = {2 * cp * model.d} tokens, at least 2 * cp * l = "
-            f"{2 * cp * model.l}, got {tokens}"
-        )
+    check_sizes(model, cp=cp, tp=tp)
+    check_row("seq_len", config.seq_len * (config.batch_size // parts if config.packed else 1), model, cp=cp)
 
 
 @contextmanager
@@ -515,7 +513,7 @@ def checkpoint_to_resume(out: str | Path, resume: bool | Literal["auto"]) -> Pat
 
 def check_run(checkpoint: Path, model: NSAConfig, facts: dict[str, Any]) -> None:
     """Raise ValueError if a checkpoint is that of a run of another model, text, or settings that matter."""
-    before = read_facts(checkpoint)
+    before = read_facts(checkpoint, "config", "text")
     saved = NSAConfig.load(checkpoint / "config.json")
     _check_same("model", dataclasses.asdict(saved), dataclasses.asdict(model))
     _check_same("run", *({k: v for k, v in x["config"].items() if k not in MAY_CHANGE} for x in (before, facts)))

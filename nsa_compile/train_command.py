@@ -159,8 +159,8 @@ def train_command(
         )  # fmt: skip
         if data is not None and text:
             raise ValueError("data: expected token shards alone, got --text beside them")
-        if not launched() and (dp or 1) * cp * tp != 1:
-            raise ValueError(f"dp, cp, tp: expected 1 each without torchrun, got {dp or 1}, {cp} and {tp}")
+        if not launched() and (sizes := (1 if dp is None else dp, cp, tp)) != (1, 1, 1):
+            raise ValueError("dp, cp, tp: expected 1 each without torchrun, got {}, {} and {}".format(*sizes))
 
     def build() -> Corpus:
         if data is not None:

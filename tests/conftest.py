@@ -4,6 +4,7 @@ Without a CUDA device Triton's interpreter runs the kernels that a test asks for
 """
 
 import os
+import resource
 from importlib.util import find_spec
 
 import pytest
@@ -13,6 +14,18 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_mixture.py", "test_resources.py"]
+
+
+@pytest.fixture
+def file_limit():
+    """Sets the bytes that files may grow to, None for no limit: the next best thing to a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(n: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if n is None else (n, before[1]))
+
+    yield limit
+    limit(None)
 
 
 @pytest.fixture(scope="module")

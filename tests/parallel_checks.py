@@ -6,7 +6,9 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +38,9 @@ from nsa_compile import (
     selected_attention,
     window_attention,
 )
+from nsa_compile.checkpoints import Checkpoints, find_checkpoint
 from nsa_compile.model import next_tokens
+from nsa_compile.train import cpu_group
 
 T = 64
 BOUNDS = [(0, 5, 5, 29, 60), (0, 16, 17, 33, 48, 64), (0, 64), (0, 1, 2, 31)]
@@ -204,17 +208,16 @@ def check_errors(device: str) -> None:
     other = init_device_mesh(device, (2,), mesh_dim_names=("tp",))
     model = make_model().to(device)
     refuse("mesh: expected dimensions", lambda: parallelize(model, other))
-    refuse(
-        "tp to divide n_kv_groups = 1, got tp = 2", lambda: parallelize(make_model(n_kv_groups=1).to(device), tensor)
-    )
+    one_group = make_model(n_kv_groups=1).to(device)
+    refuse("tp: expected a divisor of n_kv_groups = 1, got 2", lambda: parallelize(one_group, tensor))
     dense = make_model(attention="dense").to(device)
-    refuse("cp = 1 for attention 'dense', got cp = 2", lambda: parallelize(dense, context))
+    refuse("cp: expected 1 for attention 'dense', got 2", lambda: parallelize(dense, context))
     assert type(model) is NSALanguageModel
     assert not any(isinstance(p, DTensor) for p in model.parameters())
     spread = parallelize(model, context)
     refuse("model: expected an NSALanguageModel that is not yet parallel", lambda: parallelize(model, context))
     ids = draw_ids(1, 62).to(device)
-    refuse("ids: expected a multiple of 2 \\* cp \\* d = 8 tokens", lambda: spread.loss(ids))
+    refuse("ids: expected rows of a multiple of 2 \\* cp \\* d = 8 tokens", lambda: spread.loss(ids))
     refuse("at least 2 \\* cp \\* l = 16, got 8", lambda: spread(ids[:, :8]))
     refuse("last_only: expected none with cp > 1", lambda: spread(ids, last_only=True))
     cache = NSACache.for_model(make_model().to(device), 1, 64)
@@ -251,11 +254,13 @@ def check_everything(device: str, dtype: torch.dtype) -> None:
 
 
 def check_compiled(device: str, dtype: torch.dtype, backend: str, *plans: str) -> None:
-    """Blocks as whole graphs, one for both layers."""
+    """Blocks as whole graphs, one for both layers; on a CPU, where that takes long, each kind of rows in few plans."""
+    cases = {"packed": {"phi": "mlp", "gate": "sigmoid"}, "rows": {}}
+    kinds = {"dp": ("rows",), "cp": ("packed", "rows"), "tp": ("packed",), "cp-tp": ("packed",)}
     for plan in plans:
         bench = Bench(*PLANS[dist.get_world_size()][plan], device, dtype)
-        cases = {"packed": {"phi": "mlp", "gate": "sigmoid"}, "rows": {}}
-        for kind, changes in list(cases.items())[: 2 if dist.get_world_size() == 2 else 1]:
+        for kind in cases if device == "cuda" else kinds[plan]:
+            changes = cases[kind]
             torch.compiler.reset()
             torch._dynamo.utils.counters.clear()
             labelled(f"{plan} compiled {kind}", bench.check_gradients, kind, backend, **changes)
@@ -322,6 +327,31 @@ def check_refused_dtensors(device: str) -> None:
             call()
 
 
+def check_checkpoints(device: str) -> None:
+    """All processes decide alike what to save, however long the first one takes to rename a folder."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    group = cpu_group(1000.0)
+    assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 2010
+    slow = dist.new_group(backend="gloo", timeout=timedelta(seconds=20))
+    model = parallelize(make_model().float(), make_mesh(device="cpu"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints, rename = Checkpoints(Path(folder[0]), group=slow), Path.rename
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", lambda path, to: (time.sleep(1), rename(path, to)))
+        for _ in range(2):
+            checkpoints.save(1, model, optimizer, {})
+        checkpoints.wait()
+    dist.barrier()
+    assert find_checkpoint(folder[0]).name == "step-000001"
+
+
+def check_together(device: str, checks: list[tuple]) -> None:
+    """Several checks with their arguments."""
+    for check, *args in checks:
+        labelled(check.__name__, check, device, *args)
+
+
 def labelled(label: str, check: Callable, *args, **kwargs) -> None:
     try:
         check(*args, **kwargs)
@@ -345,8 +375,10 @@ def work(rank: int, world: int, store: str, device: str, check: Callable, args: 
 
 
 def run(world: int, folder: Path, device: str, check: Callable, *args) -> None:
-    """Run `check(device, *args)` in `world` processes."""
-    torch.multiprocessing.spawn(work, (world, str(folder / "store"), device, check, args), nprocs=world)
+    """Run `check(device, *args)` in `world` processes, of a server that has loaded torch for all of them."""
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["nsa_compile.train", "pytest"])
+    arguments = (world, str(folder / "store"), device, check, args)
+    torch.multiprocessing.start_processes(work, arguments, nprocs=world, start_method="forkserver")
 
 
 if __name__ == "__main__":  # 8 processes are too many for a test

@@ -257,6 +257,25 @@ def test_errors_are_one_line(arguments, words, text, tmp_path, monkeypatch):
     one_line_error(run(*arguments, *extra), words)
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("train", "--no-such"), "No such option: --no-such .*; nsa-compile train --help lists what is accepted"),
+        (("train", "--dtype", "fp8"), "Invalid value for '--dtype': .*'fp8' is not one of 'fp32', 'bf16'; nsa-.*"),
+        (("--no-such",), "No such option: --no-such; nsa-compile --help lists what is accepted"),
+        (("trian",), "No such command 'trian'.*; nsa-compile --help lists what is accepted"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, words, monkeypatch):
+    result = CliRunner().invoke(cli.app, arguments, prog_name="nsa-compile")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert re.fullmatch(f"error: {words}\n", result.stderr), result.stderr
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(*arguments)  # as the first process says it
+    assert (result.exit_code, result.output) == (2, "")
+
+
 def test_generate_refuses_bad_sampling_and_prompts(trained):
     for arguments, words in (
         (("--prompt", "a", "--temperature", "-1"), "temperature: expected a finite number >= 0, got -1.0"),

@@ -61,6 +61,10 @@ def test_bad_targets_are_refused():
     for bad in (target.int(), target[:-1]):
         with pytest.raises(ValueError, match="target: expected int64"):
             linear_cross_entropy(x, weight, bad)
+    with pytest.raises(ValueError, match="target: expected values below 11, got 11"):
+        linear_cross_entropy(x, weight, target.clamp_min(11))
+    with pytest.raises(TypeError, match="target: expected"):
+        linear_cross_entropy(x, weight, None)
     with pytest.raises(ValueError, match="chunk: expected"):
         linear_cross_entropy(x, weight, target, chunk=0)
 

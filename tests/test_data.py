@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import pickle
-import resource
 import sys
 
 import numpy as np
@@ -218,13 +217,20 @@ def test_a_bad_line_is_named(tmp_path, line, words, kind):
 def test_bad_files_are_named(tmp_path):
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"text": "abc"}\n' * 99)[:-12])
+    noise = tmp_path / "noise.jsonl.gz"
+    noise.write_bytes(gzip.compress(b"")[:10] + b"\xff" * 20)
     no_parquet = tmp_path / "no.parquet"
     no_parquet.write_bytes(b"PAR1 this is none")
+    no_footer = write_parquet(tmp_path / "footer.parquet", {"text": ["a"]})
+    content = no_footer.read_bytes()
+    no_footer.write_bytes(content[:-60] + b"\xff" * 52 + content[-8:])
     no_column = write_parquet(tmp_path / "column.parquet", {"body": ["a"], "n": [1]})
     no_text = write_parquet(tmp_path / "numbers.parquet", {"text": [1, 2]})
     for path, words in (
         (cut, f"expected a whole gzip file, got {cut}"),
+        (noise, f"expected a whole gzip file, got {noise}"),
         (no_parquet, f"expected a Parquet file, got {no_parquet}"),
+        (no_footer, f"expected a Parquet file, got {no_footer}"),
         (no_column, f"{no_column}: expected a column 'text', got 'body', 'n'"),
         (no_text, f"{no_text}, row 1 of row group 0: expected text in 'text', got int"),
     ):
@@ -256,16 +262,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         build_shards([tmp_path], tmp_path / "out")
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 50_000)
-    (tmp_path / "b.txt").write_text("y" * 50_000)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # the next best thing to a full disk
-    try:
-        with pytest.raises(OSError, match=r"out\.part/unit-0-(train|validation)"):
-            build_shards([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+@pytest.mark.parametrize("size", [50_000, 500], ids=["writing", "closing"])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, size, file_limit):
+    (tmp_path / "a.txt").write_text("x" * size)
+    (tmp_path / "b.txt").write_text("y" * size)
+    file_limit(size * 2 // 5)
+    with pytest.raises(OSError, match=r"out\.part/unit-0-(train|validation)"):
+        build_shards([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
 
 
@@ -435,7 +438,11 @@ def test_shards_that_are_damaged_are_named(rows, tmp_path):
     with pytest.raises(ValueError, match=f"data: expected {ends} with ends that rise to"):
         open_shards(tmp_path / "out")
     ends.write_bytes(good[1])
-    open_shards(tmp_path / "out", verify=True)
+    tokens = open_shards(tmp_path / "out", verify=True).train
+    tokens.read(0, tokens.n_tokens)
+    path.write_bytes(b"")  # under a memory map: to read on would be a bus error
+    with pytest.raises(ValueError, match=rf"data: expected {path} of [\d,]+ bytes, got 0"):
+        tokens.read(0, tokens.n_tokens)
 
 
 def test_manifests_that_are_damaged_are_named(texts, tmp_path):
@@ -447,9 +454,11 @@ def test_manifests_that_are_damaged_are_named(texts, tmp_path):
     path.write_text(json.dumps(good | {"format": 99}))
     with pytest.raises(ValueError, match=rf"data: expected {path} of format 1, got 99"):
         open_shards(tmp_path / "out")
-    path.write_text("{")
-    with pytest.raises(ValueError, match=f"data: expected a manifest of token shards, got {path}"):
-        open_shards(tmp_path / "out")
+    without = [{k: v for k, v in good.items() if k != name} for name in good]
+    for bad in ("{", *without, good | {"train": [{"name": "x"}]}, good | {"train": 3}, good | {"vocab_size": "many"}):
+        path.write_text(bad if isinstance(bad, str) else json.dumps(bad))
+        with pytest.raises(ValueError, match=f"data: expected a manifest of token shards, got {path}"):
+            open_shards(tmp_path / "out")
 
 
 def test_offsets_pass_2_to_the_31(tmp_path):

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
+from faulty_train import run_in_turn
 from typer.testing import CliRunner
 
 from nsa_compile import NSALanguageModel, cli
@@ -37,11 +39,11 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
-def torchrun(*arguments, fault=("none", 0, 0), restarts=0, processes=2, timeout=240):
-    """`nsa-compile` in two processes, one of which may have a fault (what, rank, step)."""
+def torchrun(faults, *arguments, restarts, timeout=240):
+    """`nsa-compile` in two processes, with a fault "what:rank:step" at each start."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts",
-        restarts, "--", Path(__file__).parent / "faulty_train.py", *fault, *arguments,
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts",
+        restarts, "--", Path(__file__).parent / "faulty_train.py", faults, *arguments,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -59,40 +61,38 @@ def metrics(folder, *names):
     return [tuple(line.get(name) for name in ("step", "loss", *names)) for line in lines]
 
 
+PLANS = ("tp", "cp")
+
+
 @pytest.fixture(scope="module")
-def unbroken(text, tmp_path_factory):
-    """A run of two processes that read different rows, without a fault."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    done = torchrun("train", "--text", text, "--out", folder, *TINY)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes on cpu: dp 2, cp 1, tp 1" in done.stdout and done.stdout.count("step 8/8") == 1
-    return folder
+def twice(text, tmp_path_factory):
+    """Runs of two processes, one after the other in the same two: the folder, and what(name, rank, kind) they left."""
+    folder = tmp_path_factory.mktemp("twice")
+    runs = {
+        "unbroken": ((), None),
+        "sigterm": ((), ("SIGTERM", 1, 4)),
+        **{name: (("--resume", f"--{name}", 2), None) for name in PLANS},
+        "lr": (("--lr", 1, "--auto-resume", "--out", folder / "unbroken"), None),
+        "processes": (("--tp", 3), None),
+        "groups": (("--tp", 2, "--n-kv-groups", 1), None),
+        "usage": (("--no-such-option",), None),
+    }
+    runs = {
+        name: ([str(x) for x in ("train", "--text", text, "--out", folder / name, *TINY, *options)], fault)
+        for name, (options, fault) in runs.items()
+    }
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's, for all starts
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["nsa_compile.cli", "pytest"])
 
+    def start(names):
+        arguments = (store.port, {name: runs[name] for name in names}, folder)
+        torch.multiprocessing.start_processes(run_in_turn, arguments, nprocs=2, start_method="forkserver")
 
-def test_a_killed_process_starts_anew_and_the_losses_are_the_same(text, unbroken, tmp_path):
-    done = torchrun("train", "--text", text, "--out", tmp_path, *TINY, "--auto-resume", fault=("SIGKILL", 1, 5),
-                    restarts=1)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "exitcode: -9" in done.stderr
-    assert metrics(tmp_path, "grad_norm", "val_loss", "layers") == metrics(unbroken, "grad_norm", "val_loss", "layers")
-    assert find_checkpoint(tmp_path).name == "step-000008"
-
-
-def test_a_hang_ends_with_the_stack_of_each_process(text, tmp_path):
-    start = time.monotonic()
-    done = torchrun("train", "--text", text, "--out", tmp_path, *TINY, "--timeout", 8, fault=("hang", 1, 5))
-    assert done.returncode != 0 and time.monotonic() - start < 200
-    assert f"exitcode: {HANG_CODE}" in done.stderr
-    for rank, words in ((0, "all_reduce"), (1, "on_step_then_fault")):
-        assert words in (tmp_path / f"stacks-rank-{rank}.txt").read_text()
-        assert f"rank {rank}: nothing went on for" in done.stderr
-
-
-def test_sigterm_to_one_process_saves_and_ends_all(text, unbroken, tmp_path):
-    done = torchrun("train", "--text", text, "--out", tmp_path, *TINY, fault=("SIGTERM", 1, 4))
-    assert f"exitcode  : {TERMINATED}" in done.stderr and "interrupted after step 4" in done.stdout
-    assert find_checkpoint(tmp_path).name == "step-000004"
-    assert metrics(tmp_path) == metrics(unbroken)[:4]
+    start(name for name in runs if name not in PLANS)
+    for name in PLANS:
+        copy_until(folder / "unbroken", folder / name, 3)
+    start(PLANS)
+    return folder, lambda name, rank, kind: (folder / f"{name}-{rank}-{kind}").read_text()
 
 
 def copy_until(unbroken, folder, step):
@@ -103,20 +103,54 @@ def copy_until(unbroken, folder, step):
             shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("plan", [(), ("--tp", 2), ("--cp", 2)], ids=["one process", "heads", "tokens"])
-def test_another_layout_goes_on(text, unbroken, tmp_path, plan):
-    copy_until(unbroken, tmp_path / "run", 3)
-    arguments = ("train", "--text", text, "--out", tmp_path / "run", *TINY, "--resume", *plan)
+@pytest.fixture(scope="module")
+def unbroken(twice):
+    """A run of two processes that read different rows, without a fault."""
+    folder, what = twice
+    assert [what("unbroken", rank, "code") for rank in (0, 1)] == ["0", "0"], what("unbroken", 0, "err")
+    shown = what("unbroken", 0, "out")
+    assert "2 processes on cpu: dp 2, cp 1, tp 1" in shown and shown.count("step 8/8") == 1
+    assert not what("unbroken", 1, "out")
+    return folder / "unbroken"
+
+
+def test_killed_it_starts_anew_with_the_same_losses_and_hanging_it_ends_with_all_stacks(text, unbroken, tmp_path):
+    start = time.monotonic()
+    done = torchrun("SIGKILL:1:5,hang:1:7", "train", "--text", text, "--out", tmp_path, *TINY, "--auto-resume",
+                    "--timeout", 8, restarts=1)  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - start < 200
+    assert "exitcode: -9" in done.stderr and f"exitcode: {HANG_CODE}" in done.stderr
+    names = ("grad_norm", "val_loss", "layers")
+    assert metrics(tmp_path, *names) == metrics(unbroken, *names)[:7]
+    assert find_checkpoint(tmp_path).name == "step-000006"
+    for rank, words in ((0, "all_reduce"), (1, "on_step_then_fault")):
+        assert words in (tmp_path / f"stacks-rank-{rank}.txt").read_text()
+        assert f"rank {rank}: nothing went on for" in done.stderr
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(unbroken, twice):
+    folder, what = twice
+    assert [what("sigterm", rank, "code") for rank in (0, 1)] == [str(TERMINATED)] * 2
+    assert "interrupted after step 4" in what("sigterm", 0, "out")
+    assert find_checkpoint(folder / "sigterm").name == "step-000004"
+    assert metrics(folder / "sigterm") == metrics(unbroken)[:4]
+
+
+@pytest.mark.parametrize("plan", ["", *PLANS], ids=["one process", "heads", "tokens"])
+def test_another_layout_goes_on(text, unbroken, twice, tmp_path, plan):
+    folder, what = twice
     if plan:
-        done = torchrun(*arguments)
-        assert done.returncode == 0, done.stderr
-        assert f"{plan[0][2:]} 2" in done.stdout
+        assert what(plan, 0, "code") == "0", what(plan, 0, "err")
+        assert f"{plan} 2" in what(plan, 0, "out")
+        folder = folder / plan
     else:
-        result = run(*arguments)
+        folder = tmp_path / "run"
+        copy_until(unbroken, folder, 3)
+        result = run("train", "--text", text, "--out", folder, *TINY, "--resume")
         assert result.exit_code == 0, result.output
-    for now, before in zip(metrics(tmp_path / "run"), metrics(unbroken), strict=True):
+    for now, before in zip(metrics(folder), metrics(unbroken), strict=True):
         assert now == pytest.approx(before, rel=1e-5)
-    weights = NSALanguageModel.from_pretrained(find_checkpoint(tmp_path / "run")).state_dict()
+    weights = NSALanguageModel.from_pretrained(find_checkpoint(folder)).state_dict()
     for name, weight in NSALanguageModel.from_pretrained(find_checkpoint(unbroken)).state_dict().items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
 
@@ -130,27 +164,27 @@ def test_a_run_of_two_processes_is_exported_and_generates(unbroken, tmp_path):
         assert result.exit_code == 0, result.output
 
 
-def test_bad_plans_are_one_line_at_the_start(text, unbroken, tmp_path):
-    before = metrics(unbroken)
-    done = torchrun("train", "--text", text, "--out", unbroken, *TINY, "--lr", 1, "--auto-resume")
-    assert re.findall(r"^error.*$", done.stderr, re.MULTILINE) == [
-        "error: resume: expected the run's lr = 0.001, got 1.0"
-    ]
-    assert metrics(unbroken) == before
-    for arguments, words in (
-        (("--tp", 3), r"cp, tp: expected cp \* tp to divide the 2 processes, got 1 \* 3"),
-        (("--tp", 2, "--n-kv-groups", 1), "tp: expected a divisor of n_kv_groups = 1, got 2"),
-    ):
-        done = torchrun("train", "--text", text, "--out", tmp_path, *TINY, *arguments)
-        (line,) = re.findall(r"^error.*$", done.stderr, re.MULTILINE)
-        assert re.fullmatch(f"error: {words}", line)
-        assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("lr", "resume: expected the run's lr = 0.001, got 1.0"),
+        ("processes", r"cp, tp: expected cp \* tp to divide the 2 processes, got 1 \* 3"),
+        ("groups", "tp: expected a divisor of n_kv_groups = 1, got 2"),
+        ("usage", "No such option: --no-such-option .*"),
+    ],
+)
+def test_bad_plans_are_one_line_at_the_start(unbroken, twice, name, words):
+    folder, what = twice
+    assert [what(name, rank, "code") for rank in (0, 1)] == ["2", "2"]
+    assert re.fullmatch(f"error: {words}\n", what(name, 0, "err")) and not what(name, 1, "err")
+    assert not (folder / name).exists() and len(metrics(unbroken)) == 8
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (("--tp", 2), "dp, cp, tp: expected 1 each without torchrun, got 1, 1 and 2"),
+        (("--dp", 0), "dp, cp, tp: expected 1 each without torchrun, got 0, 1 and 1"),
         (("--accumulate", 3), "accumulate: expected a divisor of batch_size = 4, got 3"),
         (("--compile", "block"), "compile: expected it without --no-compile, got 'block'"),
         (("--timeout", -1), "timeout: expected None or a positive number, got -1.0"),
@@ -192,18 +226,14 @@ def test_a_shard_that_is_gone_is_named(text, tmp_path):
     assert result.exit_code == 2 and "train-00000.bin of" in result.stderr and "got 5" in result.stderr
 
 
-def test_a_disk_without_room_ends_the_run_in_one_line(text, tmp_path):
-    """A limit on the size of files stands for it."""
-    arguments = list(map(str, ("train", "--text", text, "--out", tmp_path, *TINY)))
+def test_a_disk_without_room_ends_the_run_in_one_line(text, tmp_path, file_limit):
+    arguments = ("train", "--text", text, "--out", tmp_path, *TINY)
     assert run(*arguments, "--steps", 3).exit_code == 0
-    script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); " \
-             "from nsa_compile.cli import main; main()"  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments, "--steps", "5", "--resume"], capture_output=True, text=True,
-        check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: \[Errno 27\] File too large: '.*/\.step-000005\.part'\n", done.stderr)
+    file_limit(30_000)
+    result = run(*arguments, "--steps", 5, "--resume")
+    file_limit(None)
+    assert result.exit_code == 2
+    assert re.fullmatch(r"error: \[Errno 27\] File too large: '.*/\.step-000005\.part'\n", result.stderr)
     assert [path.name for path in tmp_path.glob("*step-*")] == ["step-000003"]
     assert run(*arguments, "--steps", 5, "--resume").exit_code == 0
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from nsa_compile.metrics import (
     TENSORBOARD,
     LayerStatistics,
     MetricsWriter,
+    keep_until,
     layer_statistics,
     model_flops,
     peak_flops,
@@ -45,6 +47,22 @@ def test_a_line_per_step_and_steps_that_come_again_go(tmp_path):
     ]  # fmt: skip
     with MetricsWriter(None, 0) as writer:
         writer.write({"step": 1})
+
+
+def test_what_was_written_stays_on_a_full_disk(tmp_path, file_limit):
+    path = tmp_path / METRICS_FILE
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)))
+    file_limit(0)
+    keep_until(path, 3)
+    assert path.read_text().splitlines() == [f'{{"step": {step}}}' for step in (1, 2, 3)]
+
+
+def test_a_full_disk_is_named_for_tensorboard(tmp_path, file_limit, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(threading, "excepthook", lambda error: None)
+    file_limit(0)
+    with pytest.raises(OSError, match=f"File too large: .*{TENSORBOARD}"):
+        MetricsWriter(tmp_path, 0, tensorboard=True)
 
 
 def test_a_full_disk_is_named(tmp_path):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from cases import int32
 from parallel_checks import (
+    check_checkpoints,
     check_compiled,
     check_dtensors,
     check_everything,
     check_packed_dtensors,
     check_refused_dtensors,
+    check_together,
     run,
 )
 from torch.distributed.tensor import Replicate, Shard
@@ -24,9 +26,20 @@ from nsa_compile.parallel import sequences_within
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
 
+ROWS, TOKENS, HEADS, ALL = Shard(0), Shard(1), Shard(2), Replicate()
+DTENSORS = {
+    2: ((2,), {"rows": [ROWS], "heads": [HEADS], "same": [ALL], "tokens": [TOKENS], "channels": [Shard(3)]}),
+    4: ((2, 2), {"rows-heads": [ROWS, HEADS], "rows": [ROWS, ROWS], "heads": [ALL, HEADS], "some": [TOKENS, HEADS]}),
+}
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_many_processes_compute_and_train_like_one(processes, tmp_path):
-    run(processes, tmp_path, "cpu", check_everything, torch.float64)
+    """Starting them takes as long as most checks: once for all."""
+    checks = [(check_everything, torch.float64), (check_dtensors, *DTENSORS[processes])]
+    if processes == 2:
+        checks += [(check_packed_dtensors,), (check_refused_dtensors,), (check_checkpoints,)]
+    run(processes, tmp_path, "cpu", check_together, checks)
 
 
 @pytest.mark.parametrize(("processes", "plans"), [(2, ("dp", "cp", "tp")), (4, ("cp-tp",))])
@@ -63,26 +76,6 @@ def test_blocks_of_the_parts_of_a_packed_row_are_those_of_the_row(l, d):
             assert made.sum() <= chunk // d
             found += (begin + start)[made].tolist()
         assert found == first[used].tolist()
-
-
-ROWS, TOKENS, HEADS, ALL = Shard(0), Shard(1), Shard(2), Replicate()
-
-
-@pytest.mark.parametrize(
-    ("mesh", "dims"),
-    [
-        ((2,), {"rows": [ROWS], "heads": [HEADS], "same": [ALL], "tokens": [TOKENS], "channels": [Shard(3)]}),
-        ((2, 2), {"rows-heads": [ROWS, HEADS], "rows": [ROWS, ROWS], "heads": [ALL, HEADS], "some": [TOKENS, HEADS]}),
-    ],
-    ids=["one-dimension", "two-dimensions"],
-)
-def test_dtensors_are_computed_where_they_lie_or_gathered(mesh, dims, tmp_path):
-    run(2 ** len(mesh), tmp_path, "cpu", check_dtensors, mesh, dims)
-
-
-@pytest.mark.parametrize("check", [check_packed_dtensors, check_refused_dtensors], ids=["packed", "refused"])
-def test_dtensors_in_packed_rows_and_where_they_are_refused(check, tmp_path):
-    run(2, tmp_path, "cpu", check)
 
 
 def test_every_op_that_writes_nothing_has_a_rule():

@@ -267,6 +267,8 @@ def test_settings_that_do_not_divide_are_refused(corpus, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             check_mesh(dataclasses.replace(CONFIG, **changes), MODEL, shape)
+    with pytest.raises(ValueError, match=r"tp: expected a divisor of 4 \* dim = 64, got 3"):
+        check_mesh(CONFIG, dataclasses.replace(MODEL, n_heads=3, n_kv_groups=3), (1, 1, 3))
     dense = dataclasses.replace(MODEL, attention="dense")
     with pytest.raises(ValueError, match="cp: expected 1 for attention 'dense', got 2"):
         check_mesh(CONFIG, dense, (1, 2, 1))

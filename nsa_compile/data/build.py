@@ -171,7 +171,10 @@ class _Job(NamedTuple):
         n_documents = n_skipped = 0
         files, low, high = set(), math.inf, -math.inf
         with ExitStack() as stack:
-            outputs = {part: stack.enter_context(self.part_file(index, part).open("wb")) for part in PARTS}
+            outputs: dict[str, BinaryIO] = {}
+            for part in PARTS:
+                stack.enter_context(naming(self.part_file(index, part)))  # closing writes, too
+                outputs[part] = stack.enter_context(self.part_file(index, part).open("wb"))
             for path, text, share in read_documents(unit, self.field):
                 if text is None:
                     n_skipped += 1
@@ -225,10 +228,9 @@ class _Writer:
         path.unlink()
 
     def _copy(self, tokens: BinaryIO, size: int) -> None:
-        path = self.folder / f"{self._name()}.bin"
-        with naming(path):
+        with naming(self._path()):
             if self.file is None:
-                self.file, self.hash = path.open("wb"), hashlib.sha256()
+                self.file, self.hash = self._path().open("wb"), hashlib.sha256()
             while size:
                 block = tokens.read(min(size, 2**22))
                 if not block:
@@ -240,12 +242,14 @@ class _Writer:
     def _name(self) -> str:
         return f"{self.part}-{len(self.shards):05d}"
 
+    def _path(self) -> Path:
+        return self.folder / f"{self._name()}.bin"
+
     def close(self) -> None:
         """End the shard at hand, if there is one."""
         if self.file is None:
             return
-        with naming(self.folder / f"{self._name()}.bin"):
-            self.file.close()
+        self.abort()
         ends = np.cumsum(np.concatenate(self.lengths)).astype("<i8").tobytes()
         _write(self.folder / f"{self._name()}.ends", ends)
         self.hash.update(ends)
@@ -255,7 +259,8 @@ class _Writer:
     def abort(self) -> None:
         """Give the file at hand back, whatever it holds."""
         if self.file is not None:
-            self.file.close()
+            with naming(self._path()):
+                self.file.close()
 
 
 class _Built(NamedTuple):

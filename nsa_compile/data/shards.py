@@ -16,6 +16,8 @@ from nsa_compile.data.tokenizer import Tokenizer, load_tokenizer
 FORMAT = 1
 MANIFEST, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
 PARTS = ("train", "validation")
+FACTS = ("vocab_size", "end_token", "unit", "source", "n_files", "n_skipped")
+"""What the manifest says of both parts."""
 
 
 class Shard(NamedTuple):
@@ -119,10 +121,10 @@ class TokenShards:
         return hashlib.sha256(" ".join([self.type.str, *(shard.sha256 for shard in self.shards)]).encode()).hexdigest()
 
     def _map(self, index: int) -> np.ndarray:
+        path, _ = self.shards[index].files(self.folder)
+        # every time: to read a map of what is not there any more would end the process
+        _check_size(path, self.shards[index].tokens * self.type.itemsize)
         if index not in self._maps:
-            shard = self.shards[index]
-            path, _ = shard.files(self.folder)
-            _check_size(path, shard.tokens * self.type.itemsize)  # a map of what is not there would end the process
             self._maps[index] = np.memmap(path, self.type, mode="r")
         return self._maps[index]
 
@@ -162,29 +164,32 @@ def open_shards(folder: str | Path, *, verify: bool = False) -> Corpus:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    train, validation = (
-        TokenShards(folder, [Shard(**s) for s in manifest[part]], vocab_size=manifest["vocab_size"]) for part in PARTS
-    )
+    train, validation = (TokenShards(folder, manifest[part], vocab_size=manifest["vocab_size"]) for part in PARTS)
     if verify:
         train.verify()
         validation.verify()
-    names = ("vocab_size", "end_token", "unit", "source", "n_files", "n_skipped")
-    return Corpus(folder=folder, train=train, validation=validation, **{name: manifest[name] for name in names})
+    return Corpus(folder=folder, train=train, validation=validation, **{name: manifest[name] for name in FACTS})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of shards. Raises ValueError where there is none that this version reads."""
+    """The manifest of a folder of shards, with the `Shard`s of each part.
+
+    Raises: ValueError where there is none that this version reads.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"data: expected a folder of token shards with {MANIFEST}, got {folder}")
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
+        if version == FORMAT:
+            if missing := {"settings", *FACTS} - manifest.keys():
+                raise KeyError(*sorted(missing))
+            token_type(manifest["vocab_size"])
+            return manifest | {part: [Shard(**shard) for shard in manifest[part]] for part in PARTS}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data: expected a manifest of token shards, got {path}: {error}") from error
-    if version != FORMAT:
-        raise ValueError(f"data: expected {path} of format {FORMAT}, got {version!r}; build the shards anew")
-    return manifest
+        raise ValueError(f"data: expected a manifest of token shards, got {path}: {error!r}") from error
+    raise ValueError(f"data: expected {path} of format {FORMAT}, got {version!r}; build the shards anew")
 
 
 def unigram_entropy(tokens: TokenShards, *, most: int = 2**28) -> float:
@@ -204,7 +209,10 @@ def unigram_entropy(tokens: TokenShards, *, most: int = 2**28) -> float:
 
 
 def _check_size(path: Path, size: int) -> None:
-    got = path.stat().st_size if path.is_file() else None
+    try:
+        got = path.stat().st_size
+    except FileNotFoundError:
+        got = None
     if got != size:
         raise ValueError(
             f"data: expected {path} of {size:,} bytes, got "

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,7 +183,7 @@ def _lines(source: Source, unit: Unit) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield offset, line
                 offset += len(line)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"text: expected a whole gzip file, got {source.path}: {error}") from error
 
 
@@ -219,7 +220,7 @@ def _open_parquet(source: Source) -> Any:
         ) from error
     try:
         return pyarrow.parquet.ParquetFile(source.path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"text: expected a Parquet file, got {source.path}: {error}") from error
 
 
