@@ -193,7 +193,7 @@ def test_prompts_of_any_lengths_make_few_shapes(model):
     calls = []
     hook = model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     for length in (2, 60, 129, 200, 370, 700):
-        generate(model, [[1] * length], max_new_tokens=1, cache=NSACache.for_model(model, 1, 800))
+        generate(model, [[1] * length], max_new_tokens=1, cache=NSACache.for_model(model, 1, 1024))
     hook.remove()
     assert [n for n in calls if n > 1] == [128, 128, 128, 256, 256, 128, 512, 128, 128]
 
