@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.torch_version import TorchVersion
 from typer.core import TyperGroup
 
 import nsa_compile
@@ -48,9 +49,10 @@ from nsa_compile.train_command import export_command, train_command
 
 OPS = (
     "compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "gated_sum",
-    "decode_attention",
+    "selected_mixture", "decode_attention", "cache_append", "cache_recall", "cache_write",
 )  # fmt: skip
-
+"""The ops that have kernels; the others are of torch's own operations everywhere."""
+OLDEST_TORCH, OLDEST_TRITON = "2.11", "3.6"
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """click's UsageError, wherever this version of typer has it from."""
@@ -220,7 +222,10 @@ def info(
     capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1)] = 65536,
     dtype: Kind = DType.bf16,
 ) -> None:
-    """Print versions, devices, the C++ compiler, which implementation each op uses and why, and a cache's memory."""
+    """Print versions, devices, the C++ compiler, which implementation each op uses and why, and a cache's memory.
+
+    Where something is missing for the whole package to run, it says what to do.
+    """
     console = Console(markup=False, highlight=False)
     target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console.print(f"nsa-compile {nsa_compile.__version__}, torch {torch.__version__}, triton {triton_version()}")
@@ -234,6 +239,8 @@ def info(
     console.print(f"cpu, {torch.get_num_threads()} threads" + ("" if torch.cuda.is_available() else "; no CUDA device"))
     compiler = cpp_compiler()
     console.print(f"C++ compiler {compiler or 'none: torch.compile cannot compile for the CPU'}", soft_wrap=True)
+    for line in advise(target, compiler):
+        console.print(f"to do: {line}", soft_wrap=True)
     table = Table("op", "implementation", "why", title=f"impl='auto' on {target}")
     for op in OPS:
         choice, more = resolve_impl(op, "auto", target), explain_thresholds(op, target)
@@ -246,6 +253,44 @@ def info(
         else NSAConfig.load((find_checkpoint(checkpoint) or checkpoint) / "config.json")
     )
     say_cache(console, config, batch, capacity, dtype)
+
+
+def advise(device: torch.device, compiler: str | None) -> list[str]:
+    """What to do about what keeps this machine from running all of the package, a sentence each."""
+    found = []
+    if TorchVersion(torch.__version__) < OLDEST_TORCH:
+        found.append(f"install torch {OLDEST_TORCH} or newer: it has the interfaces that the ops are registered by")
+    if torch.version.cuda is None and torch.version.hip is None:
+        found.append(
+            "for the kernels install a build of torch with CUDA, on a machine with an NVIDIA GPU of compute capability "
+            "8.0 or newer; without one every op runs its reference: right, but slow, for small sizes and tests"
+        )
+    elif torch.version.hip is not None:
+        found.append("use an NVIDIA GPU for the kernels: they are not for ROCm, where every op runs its reference")
+    elif not torch.cuda.is_available():
+        found.append(
+            "torch is built with CUDA but finds no GPU: see whether nvidia-smi lists one, whether its driver is new "
+            f"enough for CUDA {torch.version.cuda}, and whether CUDA_VISIBLE_DEVICES hides it"
+        )
+    elif device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            found.append(
+                "use a GPU of compute capability 8.0 or newer (A100, L4, RTX 30 and later): on this one of "
+                f"{major}.{minor} every op runs its reference, which is slow"
+            )
+    if torch.version.cuda is not None:
+        version = triton_version()
+        if version == "none":
+            found.append(f"install triton {OLDEST_TRITON} or newer: every op runs its reference without it")
+        elif TorchVersion(version) < OLDEST_TRITON:
+            found.append(f"install triton {OLDEST_TRITON} or newer, the one that comes with torch; this is {version}")
+    if compiler is None:
+        found.append(
+            "install a C++ compiler (g++ or clang++, or name one in CXX) to compile for the CPU; until then run the "
+            "commands with --no-compile and models without torch.compile"
+        )
+    return found
 
 
 def say_flash(console: Console, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The commands at tiny sizes: what they print and leave, and errors of one line."""
 
+import importlib.metadata
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from nsa_compile import NSACache, NSAConfig, NSALanguageModel, cli, demo, options, terminal
 from nsa_compile.checkpoints import find_checkpoint
+from nsa_compile.custom_ops import dispatch
 from nsa_compile.metrics import METRICS_FILE
 
 SIZES = {
@@ -211,7 +213,71 @@ def test_info_says_which_implementation_runs_and_why(monkeypatch):
     for op in cli.OPS:
         assert re.search(rf"{op} +│ reference +│ ", result.stdout)
     monkeypatch.setattr(cli, "cpp_compiler", lambda: None)
-    assert "none: torch.compile cannot compile for the CPU" in run("info", "--device", "cpu").stdout
+    result = run("info", "--device", "cpu")
+    assert "none: torch.compile cannot compile for the CPU" in result.stdout
+    assert "to do: install a C++ compiler (g++ or clang++" in result.stdout
+
+
+def test_info_lists_the_ops_that_have_kernels():
+    """All that are registered, but for gradients, which go with their op, and two that torch's own operations make."""
+    registered = {
+        name.removeprefix("nsa_compile::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("nsa_compile::")
+    }
+    forward = {name for name in registered if not name.endswith("_backward")}
+    assert sorted(cli.OPS) == sorted(forward - {"rope_turns", "linear_cross_entropy"})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"cuda": None},
+            "install a build of torch with CUDA, on a machine with an NVIDIA GPU of compute capability 8.0",
+        ),
+        ({"available": False}, "finds no GPU: see whether nvidia-smi lists one"),
+        (
+            {"capability": (7, 5)},
+            "use a GPU of compute capability 8.0 or newer (A100, L4, RTX 30 and later): on this one",
+        ),
+        ({"hip": "6.4", "cuda": None}, "use an NVIDIA GPU for the kernels"),
+        ({"torch": "2.10.1+cu128"}, "install torch 2.11 or newer"),
+        ({"triton": "none"}, "install triton 3.6 or newer: every op runs its reference without it"),
+        ({"triton": "3.5.1"}, "install triton 3.6 or newer, the one that comes with torch; this is 3.5.1"),
+        ({"compiler": None}, "install a C++ compiler"),
+        ({}, None),
+    ],
+    ids=lambda x: "-".join(x) or "nothing" if isinstance(x, dict) else "",
+)
+def test_info_says_what_to_do_on_a_machine_that_lacks_something(changes, words, monkeypatch):
+    machine = {
+        "cuda": "13.0", "hip": None, "available": True, "capability": (9, 0), "torch": "2.11.0+cu130",
+        "triton": "3.6.0", "compiler": "/usr/bin/g++",
+    } | changes  # fmt: skip
+    monkeypatch.setattr(torch.version, "cuda", machine["cuda"])
+    monkeypatch.setattr(torch.version, "hip", machine["hip"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine["available"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: machine["capability"])
+    monkeypatch.setattr(torch, "__version__", machine["torch"])
+    monkeypatch.setattr(cli, "triton_version", lambda: machine["triton"])
+    device = torch.device("cuda" if machine["available"] and machine["cuda"] else "cpu")
+    found = cli.advise(device, machine["compiler"])
+    assert [words in line for line in found] == [True] if words else found == []
+
+
+def test_without_triton_auto_is_the_reference(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    choice = dispatch.resolve_impl("window_attention", "auto", "cuda")
+    assert choice == ("reference", "its Triton kernels need the package triton, which is not installed", 0)
+    with pytest.raises(ValueError, match="got 'triton': its Triton kernels need the package triton"):
+        dispatch.resolve_impl("window_attention", "triton", "cuda")
+
+
+def test_the_oldest_versions_are_those_that_the_package_asks_for():
+    wants = importlib.metadata.requires("nsa-compile")
+    assert f"torch>={cli.OLDEST_TORCH}" in wants
+    assert any(want.startswith(f"triton>={cli.OLDEST_TRITON};") for want in wants)
 
 
 def test_info_prints_the_memory_of_a_cache(tmp_path):

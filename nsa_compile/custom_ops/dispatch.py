@@ -3,6 +3,7 @@
 import json
 import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from nsa_compile.custom_ops import flash
 IMPLS = ("auto", "reference", "triton", "flash")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_WIDTH = 256
+HAS_TRITON = find_spec("triton") is not None
 FLASH_OPS = ("compressed_attention", "window_attention")
 """Ops that flash-attn can run."""
 
@@ -50,6 +52,8 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype, width: int) -> str:
         return f"its Triton kernels take float32, bfloat16 and float16, not {dtype}"
     if width > KERNEL_WIDTH:
         return f"its Triton kernels take up to {KERNEL_WIDTH} channels, not {width}"
+    if not HAS_TRITON:
+        return "its Triton kernels need the package triton, which is not installed"
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
         return (
