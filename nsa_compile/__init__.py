@@ -1,5 +1,7 @@
 """Native Sparse Attention (arXiv 2502.11089) for people who write torch.compile(model)."""
 
+import importlib.metadata
+
 from nsa_compile.config import NSAConfig
 from nsa_compile.convert.model import convert, load_converted
 from nsa_compile.custom_ops.block_choice import select_blocks
@@ -21,7 +23,10 @@ from nsa_compile.ops.sampling import sample
 from nsa_compile.ops.selection import RangeStatistics, TokenReads, range_statistics, selection_ranges, token_reads
 from nsa_compile.parallel import ParallelLanguageModel, clip_grad_norm, make_mesh, parallelize
 
-__version__ = "0.1.0"
+try:
+    __version__ = importlib.metadata.version("nsa-compile")
+except importlib.metadata.PackageNotFoundError:  # run from its source, nothing is installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "DecodeGraph",
