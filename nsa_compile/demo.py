@@ -34,6 +34,7 @@ DEMO_MODEL = NSAConfig(
     dim=128, n_heads=4, n_kv_groups=1, d_k=32, d_v=32, l=8, d=4, l_sel=8, n_sel=6, w=32, n_layers=2, vocab_size=256
 )
 DEMO_SEQ_LEN = 256
+DEMO_HELD_OUT = DEMO_SEQ_LEN * 8
 DEMO_PROMPT, DEMO_NEW = 128, 96
 DEMO_TEMPERATURE, DEMO_TOP_P = 0.7, 0.9
 DECODE_TOLERANCE = 1e-9
@@ -44,6 +45,11 @@ def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None
     console = Console(markup=False, highlight=False)
     checkpoint_to_resume(out, False)
     corpus = build_with_progress(console, text, out / DATA_FOLDER)
+    if corpus.validation.n_tokens < DEMO_HELD_OUT:
+        raise ValueError(
+            f"text: expected enough to hold out {DEMO_HELD_OUT} bytes, got {corpus.validation.n_tokens} of "
+            f"{corpus.train.n_tokens + corpus.validation.n_tokens}"
+        )
     entropy = unigram_entropy(corpus.train)
     say_corpus(console, corpus)
     compile = compile and can_compile(console, "cpu")
@@ -63,7 +69,7 @@ def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None
     prompt, reads = stream_demo(console, model, corpus)
     (out / DECODE_FILE).write_text("".join(json.dumps(step._asdict()) + "\n" for step in reads.steps))
     show_reads(console, reads.steps)
-    window = held_out_tokens(corpus, DEMO_SEQ_LEN * 8).view(-1, DEMO_SEQ_LEN)
+    window = held_out_tokens(corpus, DEMO_HELD_OUT).view(-1, DEMO_SEQ_LEN)
     show_gates(console, model, window)
     difference = decode_difference(model, prompt, reads.tokens)
     equal = difference <= DECODE_TOLERANCE

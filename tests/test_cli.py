@@ -70,6 +70,13 @@ def test_demo_shows_what_it_did_and_leaves_its_files(text, tmp_path):
     one_line_error(run("demo", "--text", text, "--out", out, "--steps", 3, "--no-compile"), "out:", "step-000003")
 
 
+def test_demo_refuses_short_text_before_it_trains(tmp_path):
+    (tmp_path / "a.txt").write_text("short\n" * 3000)
+    result = run("demo", "--text", tmp_path / "a.txt", "--out", tmp_path / "demo", "--no-compile")
+    one_line_error(result, "text: expected enough to hold out 2048 bytes, got")
+    assert "step 1" not in result.stdout
+
+
 def test_demo_fails_where_decode_differs(text, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "decode_difference", lambda model, prompt, new: 1e-3)
     result = run("demo", "--text", text, "--out", tmp_path / "demo", "--steps", 1, "--no-compile")
