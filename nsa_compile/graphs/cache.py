@@ -1,5 +1,6 @@
 """NSACache: what the layers of a model remember, in static buffers with positions on the device."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
@@ -42,6 +43,13 @@ class LayerCache:
     def tensors(self) -> list[Tensor]:
         """All tensors of the layer."""
         return [self.positions, self.nominal_reads, self.actual_reads, *self.buffers.values()]
+
+    def over(self, tensors: Sequence[Tensor]) -> "LayerCache":
+        """The same layer's cache with other tensors, in the order of `tensors()`."""
+        other = copy.copy(self)
+        other.positions, other.nominal_reads, other.actual_reads, *buffers = tensors
+        other.buffers = dict(zip(self.buffers, buffers, strict=True))
+        return other
 
     def check_room(self, new: Tensor, count: Tensor | None) -> None:
         """Raise ValueError if `new` [b, t, ...] does not fit the cache, as far as the host can see."""
