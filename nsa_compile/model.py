@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
 from nsa_compile.custom_ops.decode import STEP
-from nsa_compile.custom_ops.rope import apply_rope
+from nsa_compile.custom_ops.rope import rotate_all
 from nsa_compile.module import (
     GateMLP,
     MLPCompressor,
@@ -68,7 +68,7 @@ class DenseAttention(PackedProjections):
         if layer is not None:
             layer.check_room(k, lengths)
         layout = query_layout(x, None if layer is None else layer.positions, cu_seqlens)
-        q, k = (apply_rope(y, layout.position, theta=c.rope_theta) for y in (q, k))
+        q, k = rotate_all((q, k), layout.position, theta=c.rope_theta)
         if layer is not None:
             layer.append("k", k, lengths)
             layer.append("v", v, lengths)

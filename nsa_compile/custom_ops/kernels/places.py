@@ -32,7 +32,7 @@ def count_below(values, n, steps, x, live):
     low = tl.zeros_like(x).to(tl.int32)
     high = low + n
     for _ in tl.range(0, steps):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         search = low < high
         right = tl.load(values + middle, mask=live & search, other=0).to(tl.int64) <= x
         low, high = tl.where(search & right, middle + 1, low), tl.where(search & (right == 0), middle, high)
@@ -131,7 +131,7 @@ def search_steps(n: int) -> int:
 def compressed_ends(cu_seqlens: Tensor, l: int, d: int) -> Tensor:
     """Cumulative numbers of compressed tokens, int64 [N + 1], of packed sequences."""
     ends = torch.empty(len(cu_seqlens), dtype=torch.int64, device=cu_seqlens.device)
-    _compressed_ends_kernel[(1,)](cu_seqlens, ends, len(ends) - 1, L=l, D=d, BLOCK=1024)
+    _compressed_ends_kernel[(1,)](cu_seqlens.contiguous(), ends, len(ends) - 1, L=l, D=d, BLOCK=1024)
     return ends
 
 
@@ -142,6 +142,7 @@ def _launch(
     """The arguments `names` of `_places_kernel`, int32 [b, t] each, of queries q [b, t, ...]."""
     b, t = q.shape[:2]
     check_grid("q", "rows", b)
+    q_start, cu_seqlens = (x if x is None else x.contiguous() for x in (q_start, cu_seqlens))
     out = {name: torch.empty(b, t, dtype=torch.int32, device=q.device) for name in names}
     cmp_ends = compressed_ends(cu_seqlens, l, d) if cu_seqlens is not None and "cmp_start" in names else None
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
