@@ -54,8 +54,9 @@ def blocks_before(length, L: tl.constexpr, D: tl.constexpr):
 @triton.jit(do_not_specialize=["t", "s", "c", "w", "sequences", "steps"])
 def _places_kernel(
     q_start, cu_seqlens, cmp_ends, position, first, span_end, win_start, win_end, cmp_start, cmp_end,
-    t, s, c, w, sequences, steps, HAS_START: tl.constexpr, PACKED: tl.constexpr, PLACES: tl.constexpr,
-    WINDOW: tl.constexpr, COMPRESSED: tl.constexpr, L: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    t, s, c, w, sequences, steps, HAS_START: tl.constexpr, PACKED: tl.constexpr, POSITION: tl.constexpr,
+    SPAN: tl.constexpr, WINDOW: tl.constexpr, COMPRESSED: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is asked for of BLOCK queries: their places among s keys, and the keys and compressed tokens they see."""
     b = tl.program_id(1)
@@ -73,10 +74,11 @@ def _places_kernel(
             start = tl.minimum(start, t)
         valid = (index < tl.load(cu_seqlens + sequences)) & (index >= start)
     own = index - start
-    if PLACES:
-        begin = tl.minimum(start, s)
-        pos = tl.minimum(tl.maximum(tl.where(valid, own, -1), -1), s - 1 - begin)
+    begin = tl.minimum(start, s)
+    pos = tl.minimum(tl.maximum(tl.where(valid, own, -1), -1), s - 1 - begin)
+    if POSITION:
         tl.store(position + out, pos.to(tl.int32), mask=live)
+    if SPAN:
         tl.store(first + out, begin.to(tl.int32), mask=live)
         tl.store(span_end + out, tl.where(pos < 0, 0, begin + pos + 1).to(tl.int32), mask=live)
     if WINDOW:
@@ -149,8 +151,8 @@ def _launch(
     every = ("position", "first", "span_end", "win_start", "win_end", "cmp_start", "cmp_end")
     _places_kernel[(triton.cdiv(t, BLOCK), b)](
         q_start, cu_seqlens, cmp_ends, *map(out.get, every), t, s, c, w, sequences, search_steps(sequences + 1),
-        HAS_START=q_start is not None, PACKED=cu_seqlens is not None, PLACES="position" in names,
-        WINDOW="win_start" in names, COMPRESSED="cmp_start" in names, L=l, D=d, BLOCK=BLOCK,
+        HAS_START=q_start is not None, PACKED=cu_seqlens is not None, POSITION="position" in names,
+        SPAN="first" in names, WINDOW="win_start" in names, COMPRESSED="cmp_start" in names, L=l, D=d, BLOCK=BLOCK,
     )  # fmt: skip
     return list(out.values())
 
@@ -177,8 +179,7 @@ def places_of_choice(
     q: Tensor, c: int, l: int, d: int, q_start: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Intervals]:
     """Position of each query in its sequence, -1 for none, and `compressed_intervals`."""
-    names = ("position", "first", "span_end", "cmp_start", "cmp_end")
-    position, _, _, *ends = _launch(q, names, 2**31 - 1, q_start, cu_seqlens, c, l, d)
+    position, *ends = _launch(q, ("position", "cmp_start", "cmp_end"), 2**31 - 1, q_start, cu_seqlens, c, l, d)
     return position, Intervals(*ends)
 
 
