@@ -15,6 +15,7 @@ from nsa_compile.generate import Generation, generate
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.graphs.decode import DecodeGraph, RowUpdate
 from nsa_compile.graphs.prefill import PrefillGraph
+from nsa_compile.graphs.program import export_program
 from nsa_compile.model import LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import GateMLP, NSAAttention
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
@@ -48,6 +49,7 @@ __all__ = [
     "compress_mean",
     "compressed_attention",
     "convert",
+    "export_program",
     "gate_statistics",
     "gated_sum",
     "generate",

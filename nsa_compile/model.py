@@ -1,7 +1,7 @@
 """LlamaBlockNSA and NSALanguageModel: a language model of Native Sparse Attention, or dense for comparison."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from einops import rearrange
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
 from nsa_compile.custom_ops.decode import STEP
-from nsa_compile.custom_ops.rope import apply_rope
+from nsa_compile.custom_ops.rope import rotate_all
 from nsa_compile.module import (
     GateMLP,
     MLPCompressor,
@@ -68,7 +68,7 @@ class DenseAttention(PackedProjections):
         if layer is not None:
             layer.check_room(k, lengths)
         layout = query_layout(x, None if layer is None else layer.positions, cu_seqlens)
-        q, k = (apply_rope(y, layout.position, theta=c.rope_theta) for y in (q, k))
+        q, k = rotate_all((q, k), layout.position, theta=c.rope_theta)
         if layer is not None:
             layer.append("k", k, lengths)
             layer.append("v", v, lengths)
@@ -147,6 +147,8 @@ class NSALanguageModel(nn.Module):
     def reset_parameters(self) -> None:
         """Normal weights of 0.02, less for the layers that write to the residual stream; gates and φ as they start."""
         for name, module in self.named_modules():
+            if isinstance(module, (nn.RMSNorm, nn.Conv1d)) or getattr(module, "bias", None) is not None:
+                cast(nn.Linear, module).reset_parameters()
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 into_residual = name.endswith((".out", ".down"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02)

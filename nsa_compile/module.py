@@ -11,7 +11,7 @@ from nsa_compile.custom_ops.compression import compress_mean
 from nsa_compile.custom_ops.decode import STEP, runs_step
 from nsa_compile.custom_ops.dispatch import beside_flash
 from nsa_compile.custom_ops.nsa import op_branches
-from nsa_compile.custom_ops.rope import apply_rope
+from nsa_compile.custom_ops.rope import apply_rope, rotate_all
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_cu_seqlens, check_lengths, check_tensor
 from nsa_compile.ops.compression import gather_blocks
@@ -262,8 +262,8 @@ class NSAAttention(PackedProjections):
                 o = self._step(layer, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lengths)
                 return self.out(rearrange(o, "b t n v -> b t (n v)"))
         positions = query_layout(x, None if layer is None else layer.positions, cu_seqlens).position
-        q, k_slc = (apply_rope(y, positions, theta=c.rope_theta) for y in (q, k_slc))
-        k_win = k_slc if c.tie_kv else apply_rope(k_win, positions, theta=c.rope_theta)
+        q, k_slc, *own = rotate_all((q, k_slc, k_win)[: 2 if c.tie_kv else 3], positions, theta=c.rope_theta)
+        k_win = k_slc if c.tie_kv else own[0]
         q_start = q_start_win = None
         if layer is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)

@@ -73,6 +73,19 @@ def test_loss_is_one_graph_forward_and_one_backward(graphs, phi, gate, rows):
     assert "aten.cos.default" not in graphs.targets()  # a compiler would do the fp64 angles again for every head
 
 
+@pytest.mark.parametrize(("attention", "expected"), [("nsa", 2), ("dense", 1)])
+@torch.no_grad()
+def test_angles_are_an_op_for_many_tokens_and_part_of_the_graph_for_few(graphs, attention, expected):
+    """One op for each layer's tokens and one for its compressed tokens; none, with all its launches, for a step's."""
+    model = make_model(attention=attention, n_layers=1)
+    run, cache = torch.compile(model, fullgraph=True, backend=graphs), NSACache.for_model(model, 1, 64)
+    run(draw_ids(1, 40), cache=cache)
+    found = [str(node.target) for node in graphs.forward[0].nodes if "rope_turns" in str(node.target)]
+    assert len(found) == expected
+    run(draw_ids(1, 1), cache=cache)
+    assert not [node for node in graphs.forward[1].nodes if "rope_turns" in str(node.target)]
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
 def test_prefill_of_five_lengths_compiles_at_most_twice(graphs, attention, cached):

@@ -370,6 +370,11 @@ def test_prefill_graph_equals_one_call(model):
     assert chunked.positions.tolist() == chunked.host_lengths
 
 
+def test_chunks_without_tokens_are_refused(model):
+    with pytest.raises(ValueError, match=r"^chunk: expected at least 1, got 0"):
+        prefill(model, [[1, 2]], NSACache.for_model(model, 1, CAPACITY), chunk=0)
+
+
 def test_reset_of_some_rows_leaves_the_others(model):
     cache = NSACache.for_model(model, 3, CAPACITY)
     prefill(model, [[1, 2], [3, 4, 5], [6]], cache)

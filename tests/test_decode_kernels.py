@@ -73,7 +73,8 @@ def assert_equal_state(caches: list[NSACache]) -> None:
 
 def step(layers, caches: list[NSACache], x: Tensor, count: list[int] | None = None) -> None:
     """One call of both layers; outputs and caches agree."""
-    lengths = None if count is None else torch.tensor(count, dtype=torch.int32, device=DEVICE)
+    strided = torch.tensor([(x, 99) for x in count or ()], dtype=torch.int32, device=DEVICE)
+    lengths = None if count is None else strided[:, 0]
     expected, got = (layer(x, cache=cache, lengths=lengths) for layer, cache in zip(layers, caches, strict=True))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert got.isfinite().all()
@@ -105,16 +106,17 @@ def test_steps_of_several_tokens_take_as_many_as_each_row_wants(sizes, launches)
 @pytest.mark.parametrize("ring", [False, True], ids=["buffer", "ring"])
 @pytest.mark.parametrize("t", [1, 7, 23, 40])
 def test_tokens_go_into_and_out_of_a_cache(ring, t, launches):
-    """The kernels against the ops on the CPU, at and behind the ends of a buffer of 23 tokens; new tokens strided."""
+    """The kernels against the ops on the CPU, at and outside the ends of a buffer of 23 tokens; inputs strided."""
     torch.manual_seed(t)
     buffer, new = torch.randn(5, 23, 2, 6), torch.randn(5, 2, t, 7)[..., :6].transpose(1, 2)
-    positions, count = (torch.tensor(x, dtype=torch.int32) for x in ((0, 3, 20, 22, 23), (t, 1, 0, t, t // 2)))
+    positions, count = (torch.tensor(x, dtype=torch.int32) for x in ((-30, 3, 20, 22, 23), (t, 1, 0, t, t // 2)))
     index = torch.stack([torch.arange(t) + first for first in (0, -2, 19, 22, 23)])[:, :23]
     keep = torch.rand(5, min(t, 23)) < 0.7
     ops, on_cpu = torch.ops.nsa_compile, (new, positions, count, index, keep)
     buffer_here = buffer.clone().to(DEVICE)
     new_here, positions_here, count_here, index_here, keep_here = (x.to(DEVICE) for x in on_cpu)
-    first = (positions - 4).clamp_min(0)
+    positions_here, count_here = (torch.stack((x, x - 99), 1)[:, 0] for x in (positions_here, count_here))  # strided
+    first = positions - 4
     for length in (1, 4 + t, 23):
         got = cache_kernels.cache_recall(buffer_here, new_here, positions_here, first.to(DEVICE), length)
         assert torch.equal(got.cpu(), ops.cache_recall(buffer, new, positions, first, length))

@@ -579,6 +579,21 @@ def test_queries_behind_the_buffer_see_no_key_twice(launches):
     )  # fmt: skip
 
 
+def test_places_may_be_strided():
+    x, k, shape = torch.randn(2, 30, 2, 4, device=DEVICE), torch.randn(1, 30, 2, 4, device=DEVICE), {"l": 4, "d": 2}
+    q_start = int32(11).to(DEVICE).expand(2)
+    got, _ = window_attention(x, x, x, w=5, q_start=q_start, impl="triton")
+    torch.testing.assert_close(got, window_attention(x, x, x, w=5, q_start=q_start.clone(), impl="triton")[0])
+    cu_seqlens = int32(0, 13, 13, 27).to(DEVICE)
+    strided = torch.stack((cu_seqlens, cu_seqlens + 99), 1)[:, 0]
+    for function in (
+        partial(compress_mean, k, **shape),
+        partial(compressed_attention, k, k[:, :15], k[:, :15], **shape),
+    ):
+        got, expected = (function(cu_seqlens=ends, impl="triton") for ends in (strided, cu_seqlens))
+        torch.testing.assert_close(got, expected)
+
+
 def test_no_query_of_padding_counts_among_those_that_see_a_key():
     q = torch.zeros(1, 70, 1, 8, device=DEVICE)
     cu_seqlens = int32(0, 20, 20, 63).to(DEVICE)

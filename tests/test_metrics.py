@@ -141,8 +141,8 @@ def plain_statistics(model, ids, bounds):
         q, _, (k_cmp, v_cmp, *_) = attn._heads(x, None)
         hook.remove()
         positions = torch.arange(z - a)[None]
+        from nsa_compile.custom_ops.rope import apply_rope
         from nsa_compile.ops.compression import compressed_attention
-        from nsa_compile.ops.rope import apply_rope
 
         q = apply_rope(q, positions, theta=c.rope_theta)
         k_cmp, v_cmp = attn._compress(k_cmp, v_cmp, None)

@@ -48,7 +48,7 @@ def test_snippet_runs(index, capsys):
 
 def test_each_recipe_has_a_snippet():
     recipes = README.partition("\n## Recipes\n")[2].partition("\n## ")[0].split("\n### ")[1:]
-    assert len(recipes) == 7 and all("```python\n" in recipe for recipe in recipes)
+    assert len(recipes) == 8 and all("```python\n" in recipe for recipe in recipes)
 
 
 def write_text(folder: Path) -> None:

@@ -1,12 +1,17 @@
 """Rotary positions, whose cosines and sines are an op of their own.
 
 A compiler that fuses their fp64 arithmetic into the rotation does it again for every head: 20 ms for the queries of one
-layer at 65536 tokens and 64 heads, two thirds of what its attention takes.
+layer at 65536 tokens and 64 heads, two thirds of what its attention takes. For the few tokens of a decode step that
+costs nothing, and the op's launches do.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from nsa_compile.custom_ops.decode import STEP
 from nsa_compile.ops import rope as reference
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_tensor
@@ -35,8 +40,16 @@ def apply_rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tenso
         raise ValueError(
             f"positions: expected shape {tuple(x.shape[:2])} or {tuple(x.shape[1:2])}, got {tuple(positions.shape)}"
         )
-    turns = torch.ops.nsa_compile.rope_turns(positions, x.shape[-1] // 2, theta, compute_dtype(x))
-    return reference.rotate(x, *turns)
+    return rotate_all((x,), positions, theta=theta)[0]
+
+
+def rotate_all(heads: Iterable[Tensor], positions: Tensor, *, theta: float) -> list[Tensor]:
+    """`apply_rope`, unchecked, of tensors of one type, b, t and d, whose cosines and sines are computed once."""
+    first, *_ = heads = list(heads)
+    few = statically_known_true(first.shape[1] <= STEP)  # what asks a traced size would compile once more
+    find = reference.rope_turns if few else torch.ops.nsa_compile.rope_turns
+    turns = find(positions, first.shape[-1] // 2, theta, compute_dtype(first))
+    return [reference.rotate(x, *turns) for x in heads]
 
 
 @torch.library.custom_op("nsa_compile::rope_turns", mutates_args=())

@@ -3,7 +3,7 @@
 Each op's tensors are written as axes, in the order of its schema: `inputs -> outputs`. Rows and groups never meet
 inside an op, so every rank computes its own. What is sharded otherwise (over tokens, say) DTensor redistributes before
 the op, as it does for its own ops, since a query needs the keys of all tokens. Without a rule it refuses an op:
-decoding, and what else writes to caches.
+decoding, what else writes to caches, and RoPE's angles, whose positions are plain tensors.
 """
 
 import math

@@ -1,5 +1,6 @@
 """NSACache: what the layers of a model remember, in static buffers with positions on the device."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
@@ -42,6 +43,13 @@ class LayerCache:
     def tensors(self) -> list[Tensor]:
         """All tensors of the layer."""
         return [self.positions, self.nominal_reads, self.actual_reads, *self.buffers.values()]
+
+    def over(self, tensors: Sequence[Tensor]) -> "LayerCache":
+        """The same layer's cache with other tensors, in the order of `tensors()`."""
+        other = copy.copy(self)
+        other.positions, other.nominal_reads, other.actual_reads, *buffers = tensors
+        other.buffers = dict(zip(self.buffers, buffers, strict=True))
+        return other
 
     def check_room(self, new: Tensor, count: Tensor | None) -> None:
         """Raise ValueError if `new` [b, t, ...] does not fit the cache, as far as the host can see."""
@@ -103,6 +111,9 @@ class NSACache:
     Prefill chunks and decode steps are the same call, `model(ids, cache=cache)`, and append in place; rows may differ
     in length, and a row whose length in a call is 0 stays as it was. Calls go without gradients. Make one with
     `NSACache.for_model`.
+
+    `copy.deepcopy` of a cache goes on with the same model, and copied after its model in one call, as in
+    `copy.deepcopy((model, cache))`, with the copied one; pickle it together with its model.
     """
 
     def __init__(self, modules: Sequence[nn.Module], layers: Sequence[LayerCache], batch: int, capacity: int) -> None:
@@ -146,6 +157,13 @@ class NSACache:
         for tensor in cache.tensors():
             torch._dynamo.mark_static_address(tensor)
         return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = type(self)(
+            [memo.get(id(m), m) for m in self.modules], copy.deepcopy(self.layers, memo), self.batch, self.capacity
+        )
+        other.host_lengths, other.host_peaks = list(self.host_lengths), list(self.host_peaks)
+        return other
 
     def tensors(self) -> list[Tensor]:
         """All tensors of all layers."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nsa_compile.graphs.cache import NSACache, check_cache
 from nsa_compile.graphs.capture import new_pool, plain_tensors, prepare
-from nsa_compile.ops.checks import check_ints
+from nsa_compile.ops.checks import check_int, check_ints
 
 SIZES = (128, 512, 2048)
 """Tokens of the chunks that `PrefillGraph` captures."""
@@ -17,7 +17,7 @@ CALLS = tuple(2**i for i in range(7, 14))
 
 
 def split_chunks(length: int, sizes: Sequence[int], full: float = 0.5) -> list[int]:
-    """Sizes of the chunks that take `length` tokens: the largest of which no less than the part `full` is used."""
+    """Sizes of the chunks that take `length` tokens: the largest that is used to the part `full`, else the smallest."""
     chunks, sizes = [], sorted(sizes)
     while length > 0:
         fitting = [size for size in sizes if length >= full * size]
@@ -32,6 +32,8 @@ def prefill(model: nn.Module, rows: Sequence[Sequence[int]], cache: NSACache, *,
     `chunk` is the number of tokens of every call, padding included; by default one of `CALLS`. Goes without gradients.
     Raises ValueError or TypeError before anything is written if a row would pass the cache's capacity.
     """
+    if chunk is not None:
+        check_int("chunk", chunk)
     logits: Tensor | None = None
 
     def feed(ids: Tensor, lengths: Tensor) -> None:

@@ -13,6 +13,12 @@ def _rows(pointer, b, row, g, stride_b, stride_t, stride_g, COLS: tl.constexpr):
     return pointer + b * stride_b + row.to(tl.int64)[:, None] * stride_t + g * stride_g + tl.arange(0, COLS)[None, :]
 
 
+@triton.jit
+def _slot(position, length):
+    """Where a buffer holds a position: the remainder, which lies in the buffer for negative positions, too."""
+    return (position % length + length) % length
+
+
 @triton.jit(do_not_specialize=["t", "length"])
 def _cache_append_kernel(
     buffer, new, positions, count, t, length, b_b, b_t, b_g, n_b, n_t, n_g,
@@ -23,11 +29,11 @@ def _cache_append_kernel(
     fits = tl.minimum(t, length)  # of a ring only the last tokens matter
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offset = end - fits + i
-    index = tl.load(positions + b) + offset
+    index = tl.load(positions + b).to(tl.int64) + offset
     keep = (i < fits) & (offset >= 0) & (RING | (index < length))
     mask = keep[:, None] & (tl.arange(0, COLS)[None, :] < WIDTH)
     tile = tl.load(_rows(new, b, offset, g, n_b, n_t, n_g, COLS), mask=mask)
-    tl.store(_rows(buffer, b, index % length, g, b_b, b_t, b_g, COLS), tile, mask=mask)
+    tl.store(_rows(buffer, b, _slot(index, length), g, b_b, b_t, b_g, COLS), tile, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "length"])
@@ -52,12 +58,11 @@ def _cache_recall_kernel(
 ):  # fmt: skip
     g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, position = tl.load(first + b) + i, tl.load(positions + b)
+    token, position = tl.load(first + b).to(tl.int64) + i, tl.load(positions + b)
     live = (i < n)[:, None] & (tl.arange(0, COLS)[None, :] < WIDTH)
     old = (token < position)[:, None]
-    slot = (token % length + length) % length
     fresh = tl.minimum(tl.maximum(token - position, 0), t - 1)
-    tile = tl.load(_rows(buffer, b, slot, g, b_b, b_t, b_g, COLS), mask=live & old)
+    tile = tl.load(_rows(buffer, b, _slot(token, length), g, b_b, b_t, b_g, COLS), mask=live & old)
     tile = tl.where(old, tile, tl.load(_rows(new, b, fresh, g, n_b, n_t, n_g, COLS), mask=live & (old == 0)))
     tl.store(_rows(out, b, i, g, o_b, o_t, o_g, COLS), tile, mask=live)
 
@@ -74,6 +79,7 @@ def _sizes(x: Tensor, tokens: int) -> tuple[tuple[int, int, int], dict[str, int]
 def cache_append(buffer: Tensor, new: Tensor, positions: Tensor, count: Tensor | None, ring: bool) -> None:
     """Write the first `count` (default all) of the tokens new [b, t, g, *] at the rows' positions."""
     new, t, length = row_major(new), new.shape[1], buffer.shape[1]
+    positions, count = positions.contiguous(), None if count is None else count.contiguous()
     grid, sizes = _sizes(buffer, min(t, length))
     _cache_append_kernel[grid](
         buffer, new, positions, count, t, length, *buffer.stride()[:3], *new.stride()[:3],

@@ -70,7 +70,7 @@ def packing(cu_seqlens: Tensor | None, l: int, d: int) -> tuple[Tensor | None, T
     if cu_seqlens is None:
         return None, None, 0, 0
     n = len(cu_seqlens)
-    return cu_seqlens, compressed_ends(cu_seqlens, l, d), n - 1, search_steps(n)
+    return cu_seqlens.contiguous(), compressed_ends(cu_seqlens, l, d), n - 1, search_steps(n)
 
 
 def compress_mean(k: Tensor, l: int, d: int, cu_seqlens: Tensor | None) -> Tensor:

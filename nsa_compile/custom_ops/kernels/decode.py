@@ -522,7 +522,7 @@ def decode_attention(
         k_win, v_win, cached_k_win, cached_v_win = k_slc, v_slc, cached_k_slc, cached_v_slc
     k_win, v_win, ring = row_major(k_win), row_major(v_win), cached_k_win.shape[1]
     where = {"T": t, "HAS_COUNT": count is not None}
-    counts = positions if count is None else count
+    counts = positions if count is None else count.contiguous()
     rotated, o = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(b, t, n, d_v)
     block_indices = torch.empty(b, t, g, n_sel, dtype=torch.int32, device=q.device)
     folded, tops, scores = empty(b, t, n, tiles * blocks), empty(b, t, n, tiles), empty(b, t, g, width)

@@ -32,7 +32,7 @@ def count_below(values, n, steps, x, live):
     low = tl.zeros_like(x).to(tl.int32)
     high = low + n
     for _ in tl.range(0, steps):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         search = low < high
         right = tl.load(values + middle, mask=live & search, other=0).to(tl.int64) <= x
         low, high = tl.where(search & right, middle + 1, low), tl.where(search & (right == 0), middle, high)
@@ -54,8 +54,9 @@ def blocks_before(length, L: tl.constexpr, D: tl.constexpr):
 @triton.jit(do_not_specialize=["t", "s", "c", "w", "sequences", "steps"])
 def _places_kernel(
     q_start, cu_seqlens, cmp_ends, position, first, span_end, win_start, win_end, cmp_start, cmp_end,
-    t, s, c, w, sequences, steps, HAS_START: tl.constexpr, PACKED: tl.constexpr, PLACES: tl.constexpr,
-    WINDOW: tl.constexpr, COMPRESSED: tl.constexpr, L: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    t, s, c, w, sequences, steps, HAS_START: tl.constexpr, PACKED: tl.constexpr, POSITION: tl.constexpr,
+    SPAN: tl.constexpr, WINDOW: tl.constexpr, COMPRESSED: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is asked for of BLOCK queries: their places among s keys, and the keys and compressed tokens they see."""
     b = tl.program_id(1)
@@ -73,10 +74,11 @@ def _places_kernel(
             start = tl.minimum(start, t)
         valid = (index < tl.load(cu_seqlens + sequences)) & (index >= start)
     own = index - start
-    if PLACES:
-        begin = tl.minimum(start, s)
-        pos = tl.minimum(tl.maximum(tl.where(valid, own, -1), -1), s - 1 - begin)
+    begin = tl.minimum(start, s)
+    pos = tl.minimum(tl.maximum(tl.where(valid, own, -1), -1), s - 1 - begin)
+    if POSITION:
         tl.store(position + out, pos.to(tl.int32), mask=live)
+    if SPAN:
         tl.store(first + out, begin.to(tl.int32), mask=live)
         tl.store(span_end + out, tl.where(pos < 0, 0, begin + pos + 1).to(tl.int32), mask=live)
     if WINDOW:
@@ -131,7 +133,7 @@ def search_steps(n: int) -> int:
 def compressed_ends(cu_seqlens: Tensor, l: int, d: int) -> Tensor:
     """Cumulative numbers of compressed tokens, int64 [N + 1], of packed sequences."""
     ends = torch.empty(len(cu_seqlens), dtype=torch.int64, device=cu_seqlens.device)
-    _compressed_ends_kernel[(1,)](cu_seqlens, ends, len(ends) - 1, L=l, D=d, BLOCK=1024)
+    _compressed_ends_kernel[(1,)](cu_seqlens.contiguous(), ends, len(ends) - 1, L=l, D=d, BLOCK=1024)
     return ends
 
 
@@ -142,14 +144,15 @@ def _launch(
     """The arguments `names` of `_places_kernel`, int32 [b, t] each, of queries q [b, t, ...]."""
     b, t = q.shape[:2]
     check_grid("q", "rows", b)
+    q_start, cu_seqlens = (x if x is None else x.contiguous() for x in (q_start, cu_seqlens))
     out = {name: torch.empty(b, t, dtype=torch.int32, device=q.device) for name in names}
     cmp_ends = compressed_ends(cu_seqlens, l, d) if cu_seqlens is not None and "cmp_start" in names else None
     sequences = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     every = ("position", "first", "span_end", "win_start", "win_end", "cmp_start", "cmp_end")
     _places_kernel[(triton.cdiv(t, BLOCK), b)](
         q_start, cu_seqlens, cmp_ends, *map(out.get, every), t, s, c, w, sequences, search_steps(sequences + 1),
-        HAS_START=q_start is not None, PACKED=cu_seqlens is not None, PLACES="position" in names,
-        WINDOW="win_start" in names, COMPRESSED="cmp_start" in names, L=l, D=d, BLOCK=BLOCK,
+        HAS_START=q_start is not None, PACKED=cu_seqlens is not None, POSITION="position" in names,
+        SPAN="first" in names, WINDOW="win_start" in names, COMPRESSED="cmp_start" in names, L=l, D=d, BLOCK=BLOCK,
     )  # fmt: skip
     return list(out.values())
 
@@ -176,8 +179,7 @@ def places_of_choice(
     q: Tensor, c: int, l: int, d: int, q_start: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Intervals]:
     """Position of each query in its sequence, -1 for none, and `compressed_intervals`."""
-    names = ("position", "first", "span_end", "cmp_start", "cmp_end")
-    position, _, _, *ends = _launch(q, names, 2**31 - 1, q_start, cu_seqlens, c, l, d)
+    position, *ends = _launch(q, ("position", "cmp_start", "cmp_end"), 2**31 - 1, q_start, cu_seqlens, c, l, d)
     return position, Intervals(*ends)
 
 
