@@ -29,7 +29,6 @@ from nsa_compile import (
     window_attention,
 )
 from nsa_compile.custom_ops.kernels import block_choice
-from nsa_compile.custom_ops.kernels.places import compressed_intervals, invert_intervals, window_intervals
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -577,34 +576,3 @@ def test_queries_behind_the_buffer_see_no_key_twice(launches):
         lambda *y, impl: OPS.window_attention(*y, case.shape.w, case.where["q_start"], None, 0.3, impl),
         tensors, case, launches, "interval",
     )  # fmt: skip
-
-
-def test_places_may_be_strided():
-    x, k, shape = torch.randn(2, 30, 2, 4, device=DEVICE), torch.randn(1, 30, 2, 4, device=DEVICE), {"l": 4, "d": 2}
-    q_start = int32(11).to(DEVICE).expand(2)
-    got, _ = window_attention(x, x, x, w=5, q_start=q_start, impl="triton")
-    torch.testing.assert_close(got, window_attention(x, x, x, w=5, q_start=q_start.clone(), impl="triton")[0])
-    cu_seqlens = int32(0, 13, 13, 27).to(DEVICE)
-    strided = torch.stack((cu_seqlens, cu_seqlens + 99), 1)[:, 0]
-    for function in (
-        partial(compress_mean, k, **shape),
-        partial(compressed_attention, k, k[:, :15], k[:, :15], **shape),
-    ):
-        got, expected = (function(cu_seqlens=ends, impl="triton") for ends in (strided, cu_seqlens))
-        torch.testing.assert_close(got, expected)
-
-
-def test_no_query_of_padding_counts_among_those_that_see_a_key():
-    q = torch.zeros(1, 70, 1, 8, device=DEVICE)
-    cu_seqlens = int32(0, 20, 20, 63).to(DEVICE)
-    for intervals, keys in (
-        (window_intervals(q, 70, 20, None, cu_seqlens), 70),
-        (compressed_intervals(q, 17, 8, 4, None, cu_seqlens), 17),
-    ):
-        first, last = invert_intervals(intervals, keys)
-        token = torch.arange(70, device=DEVICE)[None, :, None]
-        sees = (intervals.start[..., None] <= torch.arange(keys, device=DEVICE)) & (
-            torch.arange(keys, device=DEVICE) < intervals.end[..., None]
-        )
-        assert torch.equal(sees, (first[:, None] <= token) & (token < last[:, None]))
-        assert last.max() == 63
