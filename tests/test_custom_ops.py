@@ -49,7 +49,7 @@ def choose(q, k_cmp, v_cmp, q_start, cu_seqlens):
     "positions", [torch.arange(7), torch.arange(12, dtype=torch.int32).view(4, 3).T], ids=["t", "b t"]
 )
 def test_opcheck_rope_turns(positions):
-    opcheck(OPS.rope_turns, (positions, 3, 1e4, torch.float32))
+    opcheck(OPS.rope_turns, (positions, 3, 1e4, False))
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

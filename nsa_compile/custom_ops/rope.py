@@ -48,16 +48,17 @@ def rotate_all(heads: Iterable[Tensor], positions: Tensor, *, theta: float) -> l
     first, *_ = heads = list(heads)
     few = statically_known_true(first.shape[1] <= STEP)  # what asks a traced size would compile once more
     find = reference.rope_turns if few else torch.ops.nsa_compile.rope_turns
-    turns = find(positions, first.shape[-1] // 2, theta, compute_dtype(first))
+    turns = find(positions, first.shape[-1] // 2, theta, compute_dtype(first) == torch.float64)
     return [reference.rotate(x, *turns) for x in heads]
 
 
+# no dtype among the arguments: a package of torch 2.11's AOTInductor passes another
 @torch.library.custom_op("nsa_compile::rope_turns", mutates_args=())
-def _rope_turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return reference.rope_turns(positions.contiguous(), half, theta, dtype)
+def _rope_turns(positions: Tensor, half: int, theta: float, double: bool) -> tuple[Tensor, Tensor]:
+    return reference.rope_turns(positions.contiguous(), half, theta, double)
 
 
 @_rope_turns.register_fake
-def _(positions, half, theta, dtype):
-    shape = (*positions.shape, half)
+def _(positions, half, theta, double):
+    shape, dtype = (*positions.shape, half), torch.float64 if double else torch.float32
     return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)

@@ -6,12 +6,13 @@ from torch import Tensor
 from nsa_compile.ops.attend import compute_dtype
 
 
-def rope_turns(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_turns(positions: Tensor, half: int, theta: float, double: bool) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `positions * theta ** (-i / half)`, i < half, each [..., half] for positions [...].
 
-    The angles are fp64: in fp32 they would be off by 0.004 radians at position 65536.
+    fp32, or fp64 if `double`. The angles are fp64: in fp32 they would be off by 0.004 radians at position 65536.
     """
     frequency = theta ** (torch.arange(half, device=positions.device, dtype=torch.float64) / -half)
+    dtype = torch.float64 if double else torch.float32
     angle = positions.double().unsqueeze(-1) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
