@@ -13,6 +13,20 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if find_spec("triton") and not torch.cuda.is_available():
+    from triton.language import int1
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    splat = InterpreterBuilder.create_splat
+
+    def splat_bits(builder, ret_ty, arg):
+        """A comparison that becomes a block stays bool, as masks must be from Triton 3.9 on."""
+        out = splat(builder, ret_ty, arg)
+        if ret_ty.scalar == int1:
+            out.data = out.data.astype(bool)
+        return out
+
+    InterpreterBuilder.create_splat = splat_bits
 collect_ignore = [] if find_spec("triton") else ["test_kernels.py", "test_mixture.py", "test_resources.py"]
 
 
