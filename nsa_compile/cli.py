@@ -218,8 +218,8 @@ def info(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Run or checkpoint whose cache to size.", show_default="the paper's sizes")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Rows of the cache.", min=1)] = 1,
-    capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1)] = 65536,
+    batch: Annotated[int, typer.Option(help="Rows of the cache.", min=1, max=65535)] = 1,
+    capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1, max=2**31 - 1)] = 65536,
     dtype: Kind = DType.bf16,
 ) -> None:
     """Print versions, devices, the C++ compiler, which implementation each op uses and why, and a cache's memory.
@@ -287,8 +287,8 @@ def advise(device: torch.device, compiler: str | None) -> list[str]:
             found.append(f"install triton {OLDEST_TRITON} or newer, the one that comes with torch; this is {version}")
     if compiler is None:
         found.append(
-            "install a C++ compiler (g++ or clang++, or name one in CXX) to compile for the CPU; until then run the "
-            "commands with --no-compile and models without torch.compile"
+            "install a C++ compiler (g++ or clang++; CXX, if set, must name one) to compile for the CPU; until then "
+            "run the commands with --no-compile and models without torch.compile"
         )
     return found
 

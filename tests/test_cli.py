@@ -322,6 +322,8 @@ def test_info_prints_the_memory_of_a_cache(tmp_path):
         (("train", "--resume", "--out", "nothing-here"), "resume: expected a folder with checkpoints"),
         (("generate", "nowhere", "--prompt", "a"), "expected one with config.json"),
         (("info", "--device", "nonsense"), "device: expected"),
+        (("info", "--device", "mps"), "arguments from the 'MPS' backend\n"),
+        (("info", "--capacity", str(2**31)), "less than or equal to 2147483647"),
     ],
 )
 def test_errors_are_one_line(arguments, words, text, tmp_path, monkeypatch):
