@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,8 +220,8 @@ def info(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Run or checkpoint whose cache to size.", show_default="the paper's sizes")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Rows of the cache.", min=1)] = 1,
-    capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1)] = 65536,
+    batch: Annotated[int, typer.Option(help="Rows of the cache.", min=1, max=65535)] = 1,
+    capacity: Annotated[int, typer.Option(help="Tokens per row of the cache.", min=1, max=2**31 - 1)] = 65536,
     dtype: Kind = DType.bf16,
 ) -> None:
     """Print versions, devices, the C++ compiler, which implementation each op uses and why, and a cache's memory.
@@ -279,6 +281,10 @@ def advise(device: torch.device, compiler: str | None) -> list[str]:
                 "use a GPU of compute capability 8.0 or newer (A100, L4, RTX 30 and later): on this one of "
                 f"{major}.{minor} every op runs its reference, which is slow"
             )
+        elif c_compiler() is None:
+            found.append(
+                "install a C compiler (gcc or clang; CC, if set, must name one): Triton builds launchers with it"
+            )
     if torch.version.cuda is not None:
         version = triton_version()
         if version == "none":
@@ -287,8 +293,8 @@ def advise(device: torch.device, compiler: str | None) -> list[str]:
             found.append(f"install triton {OLDEST_TRITON} or newer, the one that comes with torch; this is {version}")
     if compiler is None:
         found.append(
-            "install a C++ compiler (g++ or clang++, or name one in CXX) to compile for the CPU; until then run the "
-            "commands with --no-compile and models without torch.compile"
+            "install a C++ compiler (g++ or clang++; CXX, if set, must name one) to compile for the CPU; until then "
+            "run the commands with --no-compile and models without torch.compile"
         )
     return found
 
@@ -320,6 +326,12 @@ def say_cache(console: Console, config: NSAConfig, batch: int, capacity: int, dt
         size = NSACache.for_model(model, batch, capacity, dtype=DTYPES[dtype.value], device="meta").nbytes()
         table.add_row(name, f"{size:,}", f"{size / 2**30:.2f}")
     console.print(table)
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would use, None if there is none."""
+    names = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def triton_version() -> str:

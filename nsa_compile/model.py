@@ -1,5 +1,6 @@
 """LlamaBlockNSA and NSALanguageModel: a language model of Native Sparse Attention, or dense for comparison."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
@@ -143,6 +144,12 @@ class NSALanguageModel(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.config.tie_embeddings:  # which `to_empty` makes two of on the way from the meta device
+            self.head.weight = self.embed.weight
+        return self
 
     def reset_parameters(self) -> None:
         """Normal weights of 0.02, less for the layers that write to the residual stream; gates and φ as they start."""

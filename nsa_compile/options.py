@@ -54,7 +54,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch without this kind of device
-        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
+        reason = str(error).partition(". ")[0]  # of some devices torch says pages
+        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {reason}") from error
     if device.type == "meta":
         raise ValueError("device: expected one that computes, got 'meta'")
     return device

@@ -253,6 +253,7 @@ def test_info_lists_the_ops_that_have_kernels():
         ({"triton": "none"}, "install triton 3.6 or newer: every op runs its reference without it"),
         ({"triton": "3.5.1"}, "install triton 3.6 or newer, the one that comes with torch; this is 3.5.1"),
         ({"compiler": None}, "install a C++ compiler"),
+        ({"cc": "no-such-cc"}, "install a C compiler (gcc or clang; CC, if set, must name one)"),
         ({}, None),
     ],
     ids=lambda x: "-".join(x) or "nothing" if isinstance(x, dict) else "",
@@ -260,7 +261,7 @@ def test_info_lists_the_ops_that_have_kernels():
 def test_info_says_what_to_do_on_a_machine_that_lacks_something(changes, words, monkeypatch):
     machine = {
         "cuda": "13.0", "hip": None, "available": True, "capability": (9, 0), "torch": "2.11.0+cu130",
-        "triton": "3.6.0", "compiler": "/usr/bin/g++",
+        "triton": "3.6.0", "compiler": "/usr/bin/g++", "cc": sys.executable,
     } | changes  # fmt: skip
     monkeypatch.setattr(torch.version, "cuda", machine["cuda"])
     monkeypatch.setattr(torch.version, "hip", machine["hip"])
@@ -268,6 +269,7 @@ def test_info_says_what_to_do_on_a_machine_that_lacks_something(changes, words, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: machine["capability"])
     monkeypatch.setattr(torch, "__version__", machine["torch"])
     monkeypatch.setattr(cli, "triton_version", lambda: machine["triton"])
+    monkeypatch.setenv("CC", machine["cc"])
     device = torch.device("cuda" if machine["available"] and machine["cuda"] else "cpu")
     found = cli.advise(device, machine["compiler"])
     assert [words in line for line in found] == [True] if words else found == []
@@ -322,6 +324,8 @@ def test_info_prints_the_memory_of_a_cache(tmp_path):
         (("train", "--resume", "--out", "nothing-here"), "resume: expected a folder with checkpoints"),
         (("generate", "nowhere", "--prompt", "a"), "expected one with config.json"),
         (("info", "--device", "nonsense"), "device: expected"),
+        (("info", "--device", "mps"), "arguments from the 'MPS' backend\n"),
+        (("info", "--capacity", str(2**31)), "less than or equal to 2147483647"),
     ],
 )
 def test_errors_are_one_line(arguments, words, text, tmp_path, monkeypatch):

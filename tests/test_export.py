@@ -104,14 +104,20 @@ def test_program_refuses_other_lengths_and_caches():
     ):
         with pytest.raises(AssertionError, match="Guard failed"), torch.no_grad():
             run(tokens, lengths, tensors)
+    bf16 = NSACache.for_model(model, 2, CAPACITY, dtype=torch.bfloat16)
+    for counts, tensors in ((lengths.long(), cache.tensors()), (lengths, bf16.tensors())):
+        with pytest.raises(RuntimeError, match="dtype"), torch.no_grad():
+            prefill(ids, counts, tensors)
+    assert not bf16.positions.any()
     assert not cache.positions.any()
 
 
 @pytest.mark.parametrize(("l", "d", "least"), [(4, 2, 9), (32, 16, 32), (16, 16, 17)])
-def test_prefill_takes_lengths_from_a_block_on(l, d, least):
+@pytest.mark.parametrize("room", [1, 30])
+def test_prefill_takes_lengths_from_a_block_on(l, d, least, room):
     model = make_model(torch.float32, n_layers=1, l=l, d=d, l_sel=32, w=5).eval()
-    bounds = export_program(model, CAPACITY).range_constraints.values()
-    assert (least, CAPACITY) in [(int(x.lower), x.upper) for x in bounds]
+    bounds = export_program(model, least + room).range_constraints.values()
+    assert (least, least + room) in [(int(x.lower), x.upper) for x in bounds]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +125,7 @@ def test_prefill_takes_lengths_from_a_block_on(l, d, least):
     [
         ({"capacity": 0}, ValueError, "^capacity: expected at least 1, got 0$"),
         ({"capacity": 9}, ValueError, "^capacity: expected at least 10 for a prefill of any length, got 9$"),
+        ({"capacity": 17, "model": make_model(l=16, d=16, l_sel=32)}, ValueError, "^capacity: expected at least 18 "),
         ({"capacity": 20, "tokens": 21}, ValueError, "^tokens: expected 1 … 20, got 21$"),
         ({"capacity": 20, "tokens": "1"}, TypeError, "^tokens: expected an int, got str$"),
         ({"capacity": 20, "dtype": torch.int32}, ValueError, "^dtype: expected float16"),

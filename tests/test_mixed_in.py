@@ -79,14 +79,16 @@ def test_checkpointed_blocks_have_the_same_gradients(reentrant):
         torch.testing.assert_close(got, grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("changes", [*CHANGES, {"attention": "dense"}], ids=["plain", "mlp-sigmoid-tied", "dense"])
-def test_models_made_on_the_meta_device(changes):
-    model = make_model(torch.float32, **changes)
+def test_models_made_on_the_meta_device(changes, tied):
+    model = make_model(torch.float32, tie_embeddings=tied, **changes)
     with torch.device("meta"):
         loaded, fresh = (NSALanguageModel(model.config) for _ in range(2))
     assert all(x.is_meta for x in (*loaded.parameters(), *loaded.buffers()))
     loaded.to_empty(device="cpu").load_state_dict(model.state_dict())
     torch.testing.assert_close(loaded(draw_ids(2, 20)), model(draw_ids(2, 20)))
+    assert (loaded.head.weight is loaded.embed.weight) == tied
     expected = NSALanguageModel(model.config)
     for weight in fresh.to_empty(device="cpu").parameters():
         torch.nn.init.constant_(weight, float("nan"))
@@ -135,7 +137,8 @@ def test_a_copied_cache_goes_on_with_the_same_model():
         cache = NSACache.for_model(model, 2, 40)
         cache.reserve(12)
         model(ids, cache=cache)
-        branch = copy.deepcopy(cache)
+        with torch.inference_mode():
+            branch = copy.deepcopy(cache)
         assert branch.modules == cache.modules
         expected = model(ids[:, :3], cache=cache)
         torch.testing.assert_close(model(ids[:, :3], cache=branch), expected)

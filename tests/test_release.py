@@ -67,6 +67,8 @@ def built(clone, tmp_path_factory):
 
 def test_the_version_comes_from_the_tag(clone, tmp_path):
     assert re.fullmatch(r"0\.1\.dev1\+g[0-9a-f]+", version_of(clone))  # before the first tag
+    git(clone, "tag", "profiles-3")
+    assert re.fullmatch(r"0\.1\.dev1\+g[0-9a-f]+", version_of(clone))  # a tag that is no version
     git(clone, "tag", "v0.3.0")
     assert version_of(clone) == "0.3.0"
     (tmp_path / "shallow").mkdir()
@@ -76,7 +78,7 @@ def test_the_version_comes_from_the_tag(clone, tmp_path):
     git(clone, "commit", "-q", "--allow-empty", "-m", "Go on")
     assert re.fullmatch(r"0\.3\.1\.dev1\+g[0-9a-f]+", version_of(clone))
     git(clone, "reset", "-q", "--hard", "v0.3.0")
-    git(clone, "tag", "-d", "v0.3.0")
+    git(clone, "tag", "-d", "v0.3.0", "profiles-3")
     shutil.copytree(clone, tmp_path / "files", ignore=shutil.ignore_patterns(".git"))
     assert version_of(tmp_path / "files") == "0.0"
 

@@ -159,9 +159,9 @@ class NSACache:
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        other = type(self)(
-            [memo.get(id(m), m) for m in self.modules], copy.deepcopy(self.layers, memo), self.batch, self.capacity
-        )
+        with torch.inference_mode(False):  # what is made in it could be written nowhere else
+            layers = copy.deepcopy(self.layers, memo)
+        other = type(self)([memo.get(id(m), m) for m in self.modules], layers, self.batch, self.capacity)
         other.host_lengths, other.host_peaks = list(self.host_lengths), list(self.host_peaks)
         return other
 

@@ -1,6 +1,7 @@
 """Calls with a cache as `torch.export` programs: prefill and decode steps to save, load and compile ahead of time."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,9 @@ def export_program(
     The program computes `(ids, lengths, tensors) -> logits` for any number b of rows: ids int64 [b, t], lengths int32
     [b] (tokens of each right-padded row), `tensors` those of an `NSACache` in the order of `cache.tensors()`, to which
     it appends in place; logits [b, 1, vocab_size] after each row's last token. Run it without gradients. It checks no
-    values: on a row without room tokens are dropped, so let `cache.reserve` count. Its attention is the ops of this
-    package, which Python runs: import `nsa_compile` before a program is loaded.
+    values: on a row without room tokens are dropped, so let `cache.reserve` count. A package of AOTInductor checks no
+    sizes and types, either. Its attention is the ops of this package, which Python runs: import `nsa_compile` before a
+    program is loaded.
 
     Args:
         model: as in `generate`, not compiled. The program keeps its weights, their type and device.
@@ -52,8 +54,10 @@ def export_program(
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model: expected one not compiled, got the result of torch.compile")
     cache = NSACache.for_model(model, 2, capacity, dtype=dtype)  # of 1 row, torch.export would make a program of 1 row
-    if tokens is None and capacity < STEP + 2:
-        raise ValueError(f"capacity: expected at least {STEP + 2} for a prefill of any length, got {capacity}")
+    configs = [m.config for m, layer in zip(cache.modules, cache.layers, strict=True) if "k_cmp" in layer.buffers]
+    least = max([STEP + 1, *(max(c.l, c.d + 1) for c in cast(Any, configs))])
+    if tokens is None and capacity <= least:
+        raise ValueError(f"capacity: expected at least {least + 1} for a prefill of any length, got {capacity}")
     # a prefill is traced at a length that takes the way of long ones
     t = capacity - 1 if tokens is None else tokens
     check_int("tokens", t, 1, capacity)
