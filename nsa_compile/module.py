@@ -262,8 +262,7 @@ class NSAAttention(PackedProjections):
                 o = self._step(layer, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, lengths)
                 return self.out(rearrange(o, "b t n v -> b t (n v)"))
         positions = query_layout(x, None if layer is None else layer.positions, cu_seqlens).position
-        q, k_slc, *own = rotate_all((q, k_slc, k_win)[: 2 if c.tie_kv else 3], positions, theta=c.rope_theta)
-        k_win = k_slc if c.tie_kv else own[0]
+        q, k_slc, k_win = self._rotate(q, k_slc, k_win, positions)
         q_start = q_start_win = None
         if layer is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)
@@ -317,6 +316,13 @@ class NSAAttention(PackedProjections):
         if cu_seqlens is not None:
             block, _, _ = compressed_slots(k.shape[1], cu_seqlens, l=self.config.l, d=self.config.d)
         return self._rotate_blocks(k, block), v
+
+    def _rotate(self, q: Tensor, k_slc: Tensor, k_win: Tensor, positions: Tensor) -> list[Tensor]:
+        """Queries and keys of tokens at their positions; tied keys are rotated once."""
+        if self.config.tie_kv:
+            q, k_slc = rotate_all((q, k_slc), positions, theta=self.config.rope_theta)
+            return [q, k_slc, k_slc]
+        return rotate_all((q, k_slc, k_win), positions, theta=self.config.rope_theta)
 
     def _rotate_blocks(self, k_cmp: Tensor, block: Tensor) -> Tensor:
         return apply_rope(k_cmp, block * self.config.d + self.config.l - 1, theta=self.config.rope_theta)

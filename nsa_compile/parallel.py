@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops import sharding  # noqa: F401  (lets the ops take DTensors)
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
-from nsa_compile.custom_ops.rope import rotate_all
 from nsa_compile.model import NSALanguageModel, check_ids, next_tokens
 from nsa_compile.module import GateMLP, NSAAttention, check_branch, check_row_layout
 from nsa_compile.ops.checks import check_int
@@ -421,8 +420,7 @@ class ContextParallelAttention(NSAAttention):
             x = torch.where(valid[..., None], x, 0.0)
 
         q, gates, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) = self._heads(x, branch)
-        q, k_slc, *own = rotate_all((q, k_slc, k_win)[: 2 if c.tie_kv else 3], positions, theta=c.rope_theta)
-        k_win = k_slc if c.tie_kv else own[0]
+        q, k_slc, k_win = self._rotate(q, k_slc, k_win, positions)
         k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)
         k_slc, v_slc = self.ring.gather(k_slc, v_slc)
         windows = self._windows(k_slc, v_slc) if c.tie_kv else self._windows(k_win, v_win)
