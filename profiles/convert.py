@@ -138,10 +138,11 @@ def main() -> None:
     parser.add_argument("--phi", default="avg", choices=("avg", "mlp"))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other sizes, such as steps=100")
     args = parser.parse_args()
-    s = dict(SMALL if args.small else FULL)
+    s = copy.deepcopy(SMALL if args.small else FULL)
     for item in args.set:
         name, value = item.split("=")
-        s[name] = type(s[name])(float(value))
+        where = next(x for x in (s, s["nsa"], s["model"]) if name in x)
+        where[name] = type(where[name])(float(value))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     text, held_out, n_files = read_text(args.text or [Path(sysconfig.get_paths()["stdlib"])], s["bytes"])

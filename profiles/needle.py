@@ -18,6 +18,7 @@ longer lengths in turn.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import math
@@ -40,17 +41,17 @@ from nsa_compile.precision import computing_in
 BYTES = 256
 MODELS = {"nsa": None, "window": "win"}
 FULL: dict[str, Any] = {
-    "model": {"dim": 256, "n_heads": 8, "n_kv_groups": 2, "d_k": 64, "d_v": 64, "n_layers": 3, "phi": "mlp",
-              "l": 16, "d": 8, "l_sel": 32, "n_sel": 6, "w": 64, "rope_theta": 500000.0},
-    "lengths": [128, 256, 512, 1024, 2048, 4096, 8192], "test": [512, 1024, 2048, 4096, 8192, 16384],
-    "needles": 64, "together": 2, "keys": 64, "values": 32, "value_tokens": 2,
-    "tokens": 65536, "steps": 4000, "seconds": 170.0, "lr": 1e-3, "warmup": 100, "test_tokens": 2**20,
+    "model": {"dim": 128, "n_heads": 8, "n_kv_groups": 2, "d_k": 64, "d_v": 64, "n_layers": 2, "phi": "mlp",
+              "l": 8, "d": 4, "l_sel": 16, "n_sel": 8, "w": 16, "rope_theta": 500000.0},
+    "lengths": [64, 128, 256, 512, 1024, 2048, 4096, 8192], "test": [512, 1024, 2048, 4096, 8192, 16384],
+    "needles": 64, "apart": 8, "test_apart": 64, "together": 1, "keys": 64, "values": 32, "value_tokens": 1,
+    "tokens": 65536, "steps": 12000, "seconds": 200.0, "lr": 2e-3, "warmup": 100, "test_tokens": 2**20, "seed": 0,
 }  # fmt: skip
 SMALL = FULL | {
     "model": {"dim": 64, "n_heads": 4, "n_kv_groups": 2, "d_k": 32, "d_v": 32, "n_layers": 2, "phi": "mlp",
               "l": 8, "d": 4, "l_sel": 8, "n_sel": 6, "w": 16, "rope_theta": 500000.0},
     "lengths": [32, 64, 128, 256], "test": [128, 256, 512],
-    "needles": 16, "together": 1, "keys": 32, "values": 16, "value_tokens": 1,
+    "needles": 16, "apart": 8, "test_apart": 16, "together": 1, "keys": 32, "values": 16, "value_tokens": 1,
     "tokens": 2048, "steps": 400, "seconds": 60.0, "lr": 3e-3, "warmup": 20, "test_tokens": 2**14,
 }  # fmt: skip
 DEPTHS = 10
@@ -70,7 +71,7 @@ class Rows(NamedTuple):
 def draw(text: Tensor, t: int, s: dict, generator: torch.Generator) -> Rows:
     """About `s["tokens"]` tokens in rows of t; text uint8 [bytes] on the device of the generator."""
     rows, size, together, device = max(1, s["tokens"] // t), 1 + s["value_tokens"], s["together"], text.device
-    n_groups = min(s["needles"], t // s["model"]["l"]) // together
+    n_groups = min(s["needles"], t // s["apart"]) // together
     n = n_groups * together
     how: dict[str, Any] = {"generator": generator, "device": device}
     begin = t - n * size  # of the questions
@@ -100,7 +101,7 @@ def answer(model: nsa.NSALanguageModel, rows: Rows, branch: str | None) -> tuple
 
 def make_model(s: dict, device: str) -> nsa.NSALanguageModel:
     """A model whose products start with outputs about as large as their inputs."""
-    torch.manual_seed(0)
+    torch.manual_seed(s["seed"])
     model = nsa.NSALanguageModel(nsa.NSAConfig(**s["model"], vocab_size=BYTES + s["keys"] + s["values"]))
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.any():  # last layers of gates and φ start at zero
@@ -110,7 +111,7 @@ def make_model(s: dict, device: str) -> nsa.NSALanguageModel:
 
 def train(model: nsa.NSALanguageModel, text: Tensor, s: dict, branch: str | None) -> list[dict]:
     """AdamW over rows that grow; what happened at every 50th step and at the end of each length."""
-    generator = torch.Generator(text.device).manual_seed(1)
+    generator = torch.Generator(text.device).manual_seed(1 + s["seed"])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     lengths, stage, since, curve = s["lengths"], 0, 0.0, []
     recent: deque[Tensor] = deque(maxlen=20)
@@ -135,7 +136,7 @@ def train(model: nsa.NSALanguageModel, text: Tensor, s: dict, branch: str | None
         grown = False
         if grows and step % 10 == 9:  # the host waits for the device at every tenth step only
             known = len(recent) == recent.maxlen and torch.stack(list(recent)).mean().item() >= 0.95
-            grown = known or share - since > (0.25 if stage == 0 else 0.25 / (len(lengths) - 1))
+            grown = known or share - since > (0.25 if stage == 0 else (0.5 - since) / (len(lengths) - stage))
         if grown or step % 50 == 49:
             found, seconds = torch.stack(list(recent)).mean().item(), time.perf_counter() - begin
             curve.append({"step": step + 1, "tokens": t, "loss": loss.item(), "found": found, "seconds": seconds})
@@ -174,13 +175,13 @@ def without(model: nn.Module, branch: str, stack: ExitStack) -> None:
 def test(model: nsa.NSALanguageModel, text: Tensor, s: dict, t: int, branch: str | None, closed: str = "") -> dict:
     """Share of answers found in rows of t tokens: all, beyond the windows' reach, by depth of the needle."""
     c = model.config
-    generator = torch.Generator(text.device).manual_seed(2)
+    generator = torch.Generator(text.device).manual_seed(2**30)
     rights, depths, far, chosen = [], [], [], []
     with ExitStack() as stack:
         if closed:
             without(model, closed, stack)
         for _ in range(max(1, s["test_tokens"] // s["tokens"])):
-            rows = draw(text, t, s, generator)
+            rows = draw(text, t, s | {"apart": s["test_apart"]}, generator)
             with Choices() as choices:
                 _, right = answer(model, rows, branch)
             place = rows.asked[:: s["value_tokens"]]
@@ -263,10 +264,11 @@ def main() -> None:
     for path in args.merge or []:
         record |= json.loads(path.read_text())
     if not args.merge:
-        s = dict(SMALL if args.small else FULL)
+        s = copy.deepcopy(SMALL if args.small else FULL)
         for item in args.set:
             name, value = item.split("=")
-            s[name] = type(s[name])(float(value))
+            where = s["model"] if name in s["model"] else s
+            where[name] = type(where[name])(float(value))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         record = {name: run(name, s, device) for name in ([args.only] if args.only else MODELS)}
     args.out.write_text(json.dumps(record, indent=1) + "\n")

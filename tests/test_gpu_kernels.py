@@ -257,6 +257,14 @@ def test_outputs_choices_and_gradients(case):
         assert_within(name, got[name], same_type[name], exact[name])
 
 
+def test_choice_among_hundreds_of_blocks():
+    case = Case(shape(4, 64, 64, l=16, d=8, l_sel=32, n_sel=8), BF16, 8192)
+    q, *raw = case.draw()
+    k_cmp, v_cmp = compress(case, *raw[:2])
+    _, lse = compressed_attention(q, k_cmp, v_cmp, **case.shape.compression)
+    assert_same_choice(case.shape, q, k_cmp, select_blocks(q, k_cmp, lse, **case.shape.choice))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_hundred_repetitions_differ_only_in_the_order_of_sums(layout):
     case = common(layout)
