@@ -141,7 +141,7 @@ def main() -> None:
     s = copy.deepcopy(SMALL if args.small else FULL)
     for item in args.set:
         name, value = item.split("=")
-        where = next(x for x in (s, s["nsa"], s["model"]) if name in x)
+        where = next((x for x in (s["model"], s["nsa"]) if name in x), s)
         where[name] = type(where[name])(float(value))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -1,20 +1,20 @@
 """Find needles in long text: Native Sparse Attention, and the same model with its window alone.
 
 `python profiles/needle.py OUT.json` (extra bench for the picture OUT.png). `--only nsa` and `--only window` make one
-model each, in about 3 minutes of an H100; `OUT.json --merge A.json B.json` joins them and draws without a GPU.
+model each, in about 4 minutes of an H100; `OUT.json --merge A.json B.json` joins them and draws without a GPU.
 
-A row is text (bytes of Python's standard library) in which needles stand at random places: a key followed by its value,
-two needles side by side, in each of equal parts of the text. After the text all keys come once more, in another order,
-each with its value, which is to be predicted. Nothing else counts for the loss. Windows of all layers together reach
-back `layers * (w - 1)` tokens: what stands further away, a model with its window alone cannot know, but guess. That
-model is the package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in the test.
-The tests "without" a branch are of the trained model with that branch's gates closed: they tell whether selection was
-needed, or compressed attention alone found the values, as it does with `--small`. Filler of the test is held-out text.
+A row is text (bytes of Python's standard library) in which needles, keys followed by their values, stand at random
+places, `together` of them side by side in each of equal parts of the text. After the text all keys come once more, in
+another order, each with its value, which is to be predicted. Nothing else counts for the loss. Windows of all layers
+together reach back `layers * (w - 1)` tokens: what stands further away, a model with its window alone cannot know, but
+guess. That model is the package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in
+the test. The tests "without" a branch are of the trained model with that branch's gates closed: they tell what found
+the values. Filler of the test is held-out text; its needles stand `test_apart` tokens apart on average, or further.
 
-How it learns: many needles in a row, so that there are many answers; short rows first, twice as long as soon as 95 %
-are found (or after a share of the time); weights that start with a standard deviation of 1/sqrt(inputs), with which
-small models learnt several times faster; a rising, then falling learning rate. The second half of the time goes to the
-longer lengths in turn.
+How it learns: many needles in a row, so that there are many answers; short rows first, but longer than windows reach,
+twice as long as soon as 95 % are found (or after a share of the time); weights that start with a standard deviation of
+1/sqrt(inputs), with which small models learnt several times faster; a rising, then falling learning rate. The second
+half of the time goes to the longer lengths in turn.
 """
 
 import argparse
@@ -44,7 +44,7 @@ FULL: dict[str, Any] = {
     "model": {"dim": 128, "n_heads": 8, "n_kv_groups": 2, "d_k": 64, "d_v": 64, "n_layers": 2, "phi": "mlp",
               "l": 8, "d": 4, "l_sel": 16, "n_sel": 8, "w": 16, "rope_theta": 500000.0},
     "lengths": [64, 128, 256, 512, 1024, 2048, 4096, 8192], "test": [512, 1024, 2048, 4096, 8192, 16384],
-    "needles": 64, "apart": 8, "test_apart": 64, "together": 1, "keys": 64, "values": 32, "value_tokens": 1,
+    "needles": 64, "apart": 8, "test_apart": 64, "together": 1, "keys": 64, "values": 32, "value_tokens": 2,
     "tokens": 65536, "steps": 12000, "seconds": 200.0, "lr": 2e-3, "warmup": 100, "test_tokens": 2**20, "seed": 0,
 }  # fmt: skip
 SMALL = FULL | {
