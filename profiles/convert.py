@@ -38,7 +38,7 @@ SMALL = FULL | {
 
 
 def read_text(folders: list[Path], most: int) -> tuple[Tensor, Tensor, int]:
-    """Bytes of Python files, folder by folder, 0 between files: to train on, a twentieth held out; number of files."""
+    """Bytes of Python files, 0 between files: to train on, and of each twentieth folder, held out; number of files."""
     files = sorted({path for folder in folders for path in folder.rglob("*.py")})
     groups: dict[Path, list[bytes]] = {}
     count = total = 0
@@ -119,7 +119,9 @@ def plot(record: dict, path: Path) -> None:
     left.set(xlabel=f"steps at {record['sizes']['long']} bytes", ylabel="nats per byte, held out")
     for name, stage in record["stages"].items():
         right.plot(list(stage["by_position"]), list(stage["by_position"].values()), marker=".", label=name)
-    right.set(xlabel="position in the row")
+    stages = [stage["by_position"].values() for name, stage in record["stages"].items() if "short" not in name]
+    low, high = min(map(min, stages)), max(map(max, stages))  # who knows short rows only leaves the picture
+    right.set(xlabel="position in the row", ylim=(0.95 * low, 1.05 * high))
     right.tick_params(axis="x", rotation=60)
     for axes in (left, right):
         axes.legend()

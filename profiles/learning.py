@@ -1,10 +1,11 @@
 """Train one model on real text with Native Sparse Attention, by both gates, and with dense attention.
 
 `python profiles/learning.py OUT.json` (extras train, and bench for the picture OUT.png). Text is what is installed:
-sources and documents of Python and its packages, equal files once, a twentieth of the files held out, as a vocabulary
-of 8192 that is learnt from the others. The package's own loop (`nsa_compile.train.train`) takes every model over the
-same rows in the same order, in bf16 with fp32 master weights. Then held-out text is read in contexts of the trained
-length and of 2, 4 and 8 times that, the same tokens each time: documents joined, and files that are that long.
+sources and documents of Python and its packages, equal files once, a twentieth of the files held out, in tokens of a
+vocabulary of 8192 that is learnt from 64 MiB of the others. The package's own loop (`nsa_compile.train.train`) takes
+every model over the same rows in the same order, in bf16 with fp32 master weights. Then held-out text is read in
+contexts of the trained length and of 2, 4 and 8 times that, the same tokens each time: documents joined, and files that
+are that long.
 
 `--only NAME` does one model, in a few minutes of an H100, and leaves what it builds in `--folder`; with `--minutes M`
 it stops after so long, and the same command goes on from there. `OUT.json --merge A.json B.json …` joins files and

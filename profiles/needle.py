@@ -8,13 +8,13 @@ places, `together` of them side by side in each of equal parts of the text. Afte
 another order, each with its value, which is to be predicted. Nothing else counts for the loss. Windows of all layers
 together reach back `layers * (w - 1)` tokens: what stands further away, a model with its window alone cannot know, but
 guess. That model is the package's (`branch="win"`): gates of 1 for the window and 0 for the others, in training and in
-the test. The tests "without" a branch are of the trained model with that branch's gates closed: they tell what found
-the values. Filler of the test is held-out text; its needles stand `test_apart` tokens apart on average, or further.
+the test. The tests "without" a branch are of the trained model with that branch's gates closed: they tell what counts.
+Filler of the test is held-out text, with one needle for `test_apart` tokens of a row, or fewer.
 
 How it learns: many needles in a row, so that there are many answers; short rows first, but longer than windows reach,
-twice as long as soon as 95 % are found (or after a share of the time); weights that start with a standard deviation of
-1/sqrt(inputs), with which small models learnt several times faster; a rising, then falling learning rate. The second
-half of the time goes to the longer lengths in turn.
+twice as long as soon as 95 % are found (or after a share of the time), and then the longer lengths in turn; weights
+that start with a standard deviation of 1/sqrt(inputs), with which small models learnt several times faster; a rising,
+then falling learning rate.
 """
 
 import argparse
@@ -243,10 +243,11 @@ def plot(record: dict, path: Path) -> None:
                yticklabels=[f"{row['tokens']}{'*' if row['tokens'] > trained else ''}" for row in rows])  # fmt: skip
         axes[-1].plot([y["step"] for y in x["curve"]], [100 * y["found"] for y in x["curve"]], marker=".", label=name)
     axes[-1].set(xlabel="steps, rows growing", ylabel="% found in training", ylim=(-2, 102))
-    axes[-1].legend()
+    axes[-1].legend(loc="center right")
     axes[-1].grid(alpha=0.3)
     figure.suptitle(
-        f"a query reads {c['n_sel'] * c['l_sel']} selected + {c['w']} window tokens; {c['n_layers']} layers' windows "
+        f"a query reads {c['n_sel'] * c['l_sel']} selected + {c['w']} window tokens and a compressed one for every "
+        f"{c['d']}; {c['n_layers']} layers' windows "
         f"reach back {c['n_layers'] * (c['w'] - 1)}; * longer than trained", fontsize=10,
     )  # fmt: skip
     figure.savefig(path, dpi=110)
