@@ -8,6 +8,7 @@ the library's collator passes them: `position_ids` that start anew, or `cu_seq_l
 `NsaCache`: an `NSACache` with the interface of a transformers cache.
 """
 
+import copy
 import dataclasses
 from typing import Any, NamedTuple, Self
 
@@ -102,6 +103,15 @@ class NsaCache(Cache):
         dtype, _ = self._placement
         return NSACache.for_model(self._model, batch, capacity, dtype=dtype, device=_single_device(self._model))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As of an `NSACache`: it goes on with the same model, or with one copied before it in the same call."""
+        other = copy.copy(self)
+        other._model = memo.get(id(self._model), self._model)
+        other.nsa = copy.deepcopy(self.nsa, memo)
+        with torch.inference_mode(False):
+            other.columns = copy.deepcopy(self.columns, memo)
+        return other
+
     def __len__(self) -> int:
         return len(self.nsa.layers)
 
@@ -190,7 +200,7 @@ class NsaCache(Cache):
 
 def _placement(model: PreTrainedModel) -> tuple[torch.dtype, set[torch.device]]:
     """Type of the keys and values that a model computes, and the devices of its weights."""
-    kind = model.device.type
+    kind = (_single_device(model) or model.device).type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     return dtype, {parameter.device for parameter in model.parameters()}
 
@@ -201,7 +211,7 @@ def _single_device(model: nn.Module) -> torch.device | None:
         return None
     hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in model.modules()]
     places = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next(place for place in places if place is not None))
+    return torch.device(next((place for place in places if place is not None), "meta"))
 
 
 class _Rows(NamedTuple):

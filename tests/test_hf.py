@@ -123,6 +123,16 @@ def test_layers_may_lie_on_the_disk(tmp_path):
     assert torch.equal(generated, model.generate(ids, max_new_tokens=5, do_sample=False))
 
 
+def test_weights_may_come_to_the_device_layer_by_layer():
+    accelerate = pytest.importorskip("accelerate")
+    ids, model = draw_ids(2, 30), make(torch.float32)
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    model.free_cache()
+    accelerate.cpu_offload(model)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
 def test_weights_of_another_shape_are_refused(tmp_path):
     make(torch.float32).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
@@ -293,6 +303,18 @@ def test_generate_returns_what_is_asked_for():
     assert model._generation_cache is None  # the caller has it
     longer = model.generate(made.sequences, max_new_tokens=6, do_sample=False, **{CACHE: cache})
     assert torch.equal(longer, model.generate(ids, max_new_tokens=12, do_sample=False))
+
+
+def test_a_copied_cache_goes_on_with_the_same_model():
+    model, ids = make(), draw_ids(2, 30)
+    cache = NsaCache(model, 2, 60)
+    with torch.no_grad():
+        model(ids[:, :20], **{CACHE: cache})
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    (other, with_model), copied = copy.deepcopy((model, cache)), copy.deepcopy(cache)
+    assert copied._model is model.model and with_model._model is other.model
+    for each, held in ((model, copied), (model, cache), (other, with_model)):
+        assert torch.equal(each.generate(ids, max_new_tokens=5, do_sample=False, **{CACHE: held}), expected)
 
 
 def test_generate_uses_its_cache_again():
