@@ -187,6 +187,17 @@ class NsaCache(Cache):
             self.nsa = grown
         self.nsa.reserve(t)
 
+    def check_mask(self, mask: Tensor) -> None:
+        """Raise ValueError for a mask [batch, n] of the cached columns that keeps other tokens than the cache holds."""
+        kept, held = (mask != 0).sum(1), self.nsa.positions
+        if kept.shape != held.shape:
+            raise ValueError(f"{CACHE}: expected one of {len(kept)} rows as attention_mask has, got {len(held)}")
+        message = f"attention_mask: expected as many tokens in the first {mask.shape[1]} columns as the cache holds"
+        if not _can_look(held):
+            torch._assert_async((kept == held).all(), message)
+        elif not (kept == held.to(kept.device)).all():
+            raise ValueError(f"{message}, {held.tolist()} in its rows, got {kept.tolist()}")
+
     def count_columns(self) -> int:
         """Take the columns from the device, where compiled calls count them; returns how many there are."""
         held = self.get_seq_length()
@@ -360,7 +371,8 @@ class NsaModel(NsaPreTrainedModel):
 
         Args:
             input_ids, inputs_embeds: int [b, t] or float [b, t, dim], one of them.
-            attention_mask: [b, t], 0 for padding on the left or right of a row; with a cache also [b, past + t].
+            attention_mask: [b, t], 0 for padding on the left or right of a row; with a cache also [b, past + t], with
+                as many tokens in the past columns as the cache holds.
             position_ids: [b, t]. Without a cache a sequence begins wherever they do not count on.
             cache, past_key_values: an `NsaCache` that the tokens continue, under either of its names.
             use_cache: True without a cache: make one and return it.
@@ -389,6 +401,8 @@ class NsaModel(NsaPreTrainedModel):
         if cache is not None and not isinstance(cache, NsaCache):
             raise TypeError(f"{CACHE}: expected an NsaCache, as generate makes it, got {type(cache).__name__}")
         rows = _lay_out(b, t, attention_mask, position_ids, cu_seq_lens_q, cache is not None)
+        if cache is not None and attention_mask is not None and attention_mask.shape[1] > t:
+            cache.check_mask(attention_mask[:, :-t])
         if cache is None and use_cache:
             cache = NsaCache(self, b, max(t, ROOM))
         if cache is not None and not torch.compiler.is_compiling():
@@ -498,7 +512,10 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         if given is not None:
             if not isinstance(given, NsaCache):
                 raise TypeError(f"{CACHE}: expected an NsaCache, got {type(given).__name__}")
-            given.make_room(max(0, max_cache_length - given.count_columns()))
+            held, mask = given.count_columns(), model_kwargs.get("attention_mask")
+            # the library leaves a mask of ones out
+            given.check_mask(given.columns.new_ones(given.nsa.batch, held) if mask is None else mask[:, :held])
+            given.make_room(max(0, max_cache_length - held))
             given.count_columns()
             return
         if generation_config.use_cache is False:

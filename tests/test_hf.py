@@ -356,6 +356,37 @@ def test_calls_with_a_cache_equal_one_call():
         assert_same(torch.cat(parts, 1)[row, first:], full[row, first:])
 
 
+def test_a_mask_that_contradicts_the_cache_is_refused():
+    model, ids = make(), draw_ids(2, 30)
+    padded = torch.ones_like(ids)
+    padded[1, :9] = 0
+    hole = torch.ones_like(ids)
+    hole[1, 5:8] = 0
+    for held, given in ((None, hole), (None, padded), (padded, torch.ones_like(ids))):
+        cache = NsaCache(model, 2, 60)
+        with torch.no_grad():
+            model(ids[:, :20], attention_mask=None if held is None else held[:, :20], **{CACHE: cache})
+        with pytest.raises(ValueError, match="attention_mask: expected as many tokens in the first 20 columns as"):
+            model.generate(ids, attention_mask=given, max_new_tokens=4, **{CACHE: cache})
+        with torch.no_grad(), pytest.raises(ValueError, match="attention_mask: expected as many tokens in the first"):
+            model(ids[:, 20:21], attention_mask=given[:, :21], **{CACHE: cache})
+        assert cache.get_seq_length() == 20 == max(cache.nsa.host_lengths)
+        mask = torch.ones_like(ids) if held is None else held
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, **{CACHE: cache})
+
+
+@needs_compiler
+def test_a_compiled_call_refuses_a_mask_that_contradicts_the_cache():
+    model, ids = make(torch.float32, n_layers=1), draw_ids(2, 12)
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(model, fullgraph=True, backend="aot_eager"), NsaCache(model, 2, 60)
+    with torch.no_grad():
+        model(ids[:, :10], **{CACHE: cache})
+        compiled(ids[:, 10:11], attention_mask=ONES[:, :11], **{CACHE: cache})
+        with pytest.raises(RuntimeError, match="attention_mask: expected as many tokens in the first"):
+            compiled(ids[:, 11:], attention_mask=PADDED, **{CACHE: cache})
+
+
 def test_each_layer_has_its_cache_where_it_lies():
     model = make_model()
     model.layers[1].to("meta")
