@@ -262,7 +262,8 @@ def _lay_out(
     """Lengths, padding or packed sequences from the arguments that the library passes.
 
     In a compiled call, where values cannot be looked at, a mask is taken as a padded batch, and `position_ids` without
-    a mask or a cache as packed sequences; a mask with holes fails as an assertion on the device.
+    a mask or a cache as packed sequences; a mask with holes, and `position_ids` that start anew together with a mask,
+    be it of ones, or a cache, fail as assertions on the device.
     """
     mask = None
     if attention_mask is not None:
@@ -312,7 +313,13 @@ def _packed_by_positions(position_ids: Tensor, mask: Tensor | None, cached: bool
         return None
     if look:
         return nn.functional.pad(begins.flatten().nonzero().flatten(), (0, 1), value=n)
-    return None if mask is not None or cached else ends_of_sequences(begins.flatten())
+    if mask is None and not cached:
+        return ends_of_sequences(begins.flatten())
+    other = "a cache" if cached else "an attention_mask in a compiled call (leave the mask out)"
+    torch._assert_async(
+        ~begins[:, 1:].any(), f"position_ids: expected no packed sequences together with {other}, got both"
+    )
+    return None
 
 
 class NsaBlock(GradientCheckpointingLayer, LlamaBlockNSA):
@@ -373,7 +380,8 @@ class NsaModel(NsaPreTrainedModel):
             input_ids, inputs_embeds: int [b, t] or float [b, t, dim], one of them.
             attention_mask: [b, t], 0 for padding on the left or right of a row; with a cache also [b, past + t], with
                 as many tokens in the past columns as the cache holds.
-            position_ids: [b, t]. Without a cache a sequence begins wherever they do not count on.
+            position_ids: [b, t]. Without a cache a sequence begins wherever they do not count on; in a compiled call
+                leave out the mask then, also one of ones.
             cache, past_key_values: an `NsaCache` that the tokens continue, under either of its names.
             use_cache: True without a cache: make one and return it.
             output_hidden_states: return the inputs of all blocks and the last hidden state.

@@ -517,6 +517,22 @@ def test_compiled_call_refuses_a_hole():
 
 
 @needs_compiler
+def test_compiled_call_refuses_packed_sequences_with_a_mask():
+    torch._dynamo.reset()
+    model = make(torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    counted = (PADDED.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = compiled(ONES, attention_mask=PADDED, position_ids=counted).logits
+        assert_same(logits, model(ONES, attention_mask=PADDED).logits, 1e-5)
+        with pytest.raises(RuntimeError, match="position_ids: expected no packed sequences together with"):
+            compiled(ONES, attention_mask=ONES, position_ids=RESTART)
+        cache = NsaCache(model, 2, 20)
+        with pytest.raises(RuntimeError, match="position_ids: expected no packed sequences together with"):
+            compiled(ONES, position_ids=RESTART, **{CACHE: cache})
+
+
+@needs_compiler
 def test_generate_compiles_its_step_once():
     model, ids = make(torch.float32, n_layers=1), draw_ids(3, 40)
     padded, mask, _ = pad(ids, "left")
