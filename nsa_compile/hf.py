@@ -68,6 +68,20 @@ class NsaConfig(PreTrainedConfig):
     def _told(self) -> dict[str, Any]:
         return {k: v for k, v in self.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """The library's, but a config of another model is refused."""
+        told, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        kind = told.get("model_type")
+        if kind != cls.model_type:
+            hint = "none: an NSALanguageModel loads by NSALanguageModel.from_pretrained, and from it a model of"
+            hint += " transformers by NsaForCausalLM.from_language_model"
+            raise ValueError(
+                f"pretrained_model_name_or_path: expected a model of type {cls.model_type!r} in "
+                f"{pretrained_model_name_or_path}, got {hint if kind is None else repr(kind)}"
+            )
+        return told, rest
+
     def sizes(self) -> NSAConfig:
         """The config of the layers, checked anew."""
         values: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
@@ -334,6 +348,23 @@ class NsaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NsaBlock"]  # noqa: RUF012
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """The library's; missing weights other than the head's are a ValueError, unless the loading info is wanted."""
+        path = pretrained_model_name_or_path
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        missing = sorted(name for name in info["missing_keys"] if not name.startswith("lm_head."))
+        if missing and path is not None:
+            raise ValueError(
+                f"pretrained_model_name_or_path: expected {path} with all weights of the config, got none of "
+                f"{len(missing)}: {', '.join(missing[:3])}"
+            )
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -139,6 +139,23 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         NsaForCausalLM.from_pretrained(tmp_path, d_v=8)
 
 
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    model = make(torch.float32)
+    small = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, num_key_value_heads=2, vocab_size=31))
+    for name, each in (("nsa", model), ("native", model.to_language_model()), ("llama", llama), ("base", model.model)):
+        each.save_pretrained(tmp_path / name)
+    for name, kind in (("native", "none: an NSALanguageModel loads by NSALanguageModel.from_p"), ("llama", "'llama'")):
+        for cls in (NsaForCausalLM, NsaModel, NsaConfig):
+            with pytest.raises(ValueError, match=f"model of type 'nsa' in {tmp_path / name}, got {kind}"):
+                cls.from_pretrained(tmp_path / name)
+    for changes, missing in (({"n_layers": 3}, r"layers\.2\."), ({"phi": "mlp"}, r"layers\.0\.attn\.phi")):
+        for cls in (NsaForCausalLM, NsaModel):
+            with pytest.raises(ValueError, match=f"{tmp_path / 'nsa'} with all weights .*, got none of .*{missing}"):
+                cls.from_pretrained(tmp_path / "nsa", **changes)
+    assert NsaForCausalLM.from_pretrained(tmp_path / "base").config == model.config  # with a new head
+
+
 # batches
 
 
