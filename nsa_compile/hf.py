@@ -106,7 +106,11 @@ class NsaCache(Cache):
 
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
         super().__init__(layers=[])
-        self._model = getattr(model, model.base_model_prefix, model)
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        found = next((part for part in parts if isinstance(part, NsaModel)), None)
+        if found is None:
+            raise TypeError(f"model: expected an NsaModel or NsaForCausalLM, got {type(model).__name__}")
+        self._model = found
         self._placement = _placement(model)
         self.nsa = self._allocate(batch, capacity)
         with torch.inference_mode(False):
@@ -301,6 +305,9 @@ def _lay_out(
             raise ValueError(f"position_ids: expected shape [{b}, {t}], got {shape}")
     name = "cu_seq_lens_q"
     if cu_seqlens is not None:
+        kind, shape = check_tensor(name, cu_seqlens).dtype, tuple(cu_seqlens.shape)
+        if kind not in (torch.int32, torch.int64) or len(shape) != 1:
+            raise ValueError(f"{name}: expected integers [N + 1], got {kind} {shape}")
         if b != 1:
             raise ValueError(f"{name}: expected a batch of 1 packed row, got a batch of {b}")
     elif position_ids is not None and t > 1:
@@ -437,6 +444,8 @@ class NsaModel(NsaPreTrainedModel):
             low, high = (int(x) for x in tokens.aminmax())
             raise ValueError(f"input_ids: expected values in 0 … {vocab - 1}, got {low} … {high}")
         cache = past_key_values if cache is None else cache
+        if isinstance(cache, NSACache):  # from `generate`, `DecodeGraph` and the like
+            raise TypeError("model: expected an NSALanguageModel, e.g. by to_language_model(), got one of transformers")
         if cache is not None and not isinstance(cache, NsaCache):
             raise TypeError(f"{CACHE}: expected an NsaCache, as generate makes it, got {type(cache).__name__}")
         rows = _lay_out(b, t, attention_mask, position_ids, cu_seq_lens_q, cache is not None)
@@ -572,6 +581,8 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
     @classmethod
     def from_language_model(cls, model: NSALanguageModel, **kwargs: Any) -> Self:
         """A model that shares the weights of an `NSALanguageModel`; `kwargs` as in `NsaConfig`."""
+        if not isinstance(model, NSALanguageModel):
+            raise TypeError(f"model: expected an NSALanguageModel, got {type(model).__name__}")
         with torch.device("meta"):
             new = cls(NsaConfig.from_sizes(model.config, **kwargs))
         new.load_state_dict({_rename(name): weight for name, weight in model.state_dict().items()}, assign=True)
