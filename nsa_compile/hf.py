@@ -535,12 +535,22 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The library's, with a mask for the new tokens only: all decode steps then have one shape."""
+        """The library's, with a mask for the new tokens only: all decode steps then have one shape.
+
+        Without a cache, where new tokens come behind the padding on the right of a row, padding goes to the left.
+        """
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         mask = inputs.get("attention_mask")
         if mask is not None:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             inputs["attention_mask"] = mask[:, -tokens.shape[1] :].clone(memory_format=torch.contiguous_format)
+        if mask is not None and inputs.get(CACHE) is None:
+            order = inputs["attention_mask"].argsort(dim=1, stable=True)
+            for name in ("input_ids", "inputs_embeds", "attention_mask"):
+                x = inputs.get(name)
+                if x is not None:
+                    inputs[name] = x.gather(1, order.view(*order.shape, *(1,) * (x.ndim - 2)).expand_as(x))
+            inputs["position_ids"] = None  # the library's count on from the padding's
         return inputs
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:

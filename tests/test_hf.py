@@ -233,6 +233,10 @@ BAD = {
         "expected no packed sequences together with",
     ),
     "ends-rows": ({"cu_seq_lens_q": ENDS}, ValueError, "cu_seq_lens_q: expected a batch of 1 packed row"),
+    "ends-list": ({"input_ids": ONES[:1], "cu_seq_lens_q": [0, 5, 12]}, TypeError, "cu_seq_lens_q: expected a torch"),
+    "ends-float": (
+        {"input_ids": ONES[:1], "cu_seq_lens_q": ENDS.float()}, ValueError, r"cu_seq_lens_q: expected integers \[N",
+    ),
     "ids-values": ({"input_ids": ONES * 31}, ValueError, r"input_ids: expected values in 0 … 30, got 31 … 31"),
     "ids-shape": ({"input_ids": ONES[0]}, ValueError, r"input_ids: expected shape \[b, t\]"),
     "two-inputs": ({"inputs_embeds": torch.ones(2, 12, 20)}, ValueError, "input_ids: expected exactly one"),
@@ -247,6 +251,23 @@ def test_what_does_not_fit_is_refused(name):
     arguments, error, message = BAD[name]
     with pytest.raises(error, match=message):
         make()(**{"input_ids": ONES} | arguments)
+
+
+def test_models_of_the_other_kind_are_refused():
+    model, other = make(), torch.nn.Linear(2, 2)
+    for call in (
+        lambda: nsa_compile.generate(model, [[1, 2, 3]], max_new_tokens=2),
+        lambda: nsa_compile.export_program(model, 40),
+        lambda: nsa_compile.export_program(model.model, 40, tokens=1),
+    ):
+        with pytest.raises(TypeError, match=r"model: expected an NSALanguageModel, e.g. by to_language_model\(\), got"):
+            call()
+    for each in (other, model, None):
+        with pytest.raises(TypeError, match=f"model: expected an NSALanguageModel, got {type(each).__name__}"):
+            NsaForCausalLM.from_language_model(each)
+    for each in (other, model.to_language_model(), None):
+        with pytest.raises(TypeError, match=f"expected an NsaModel or NsaForCausalLM, got {type(each).__name__}"):
+            NsaCache(each, 1, 200)
 
 
 def test_packed_sequences_are_refused_with_a_cache():
@@ -278,6 +299,8 @@ def test_generate_equals_the_decode_loop(side):
         other = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=24, do_sample=False)
         assert torch.equal(other, expected)
     else:
+        other = model.generate(padded, attention_mask=mask, max_new_tokens=24, do_sample=False, use_cache=False)
+        assert torch.equal(other, generated)
         with pytest.raises(ValueError, match="prefill_chunk_size: expected None for rows padded on the right"):
             model.generate(padded, attention_mask=mask, max_new_tokens=4, prefill_chunk_size=7)
 
