@@ -268,8 +268,8 @@ class NsaPreTrainedModel(PreTrainedModel):
         missing = sorted(name for name in info["missing_keys"] if not name.startswith("lm_head."))
         if missing and path is not None:
             raise ValueError(
-                f"pretrained_model_name_or_path: expected {path} with all weights of the config, got none of "
-                f"{len(missing)}: {', '.join(missing[:3])}"
+                f"pretrained_model_name_or_path: expected all weights of the config in {path}, got none for "
+                f"{len(missing)} of its parameters: {', '.join(missing[:3])}"
             )
         return model
 
@@ -321,7 +321,7 @@ class NsaModel(NsaPreTrainedModel):
             position_ids: [b, t]. Without a cache a sequence begins wherever they do not count on; in a compiled call
                 leave out the mask then, also one of ones.
             cache, past_key_values: an `NsaCache` that the tokens continue, under either of its names.
-            use_cache: True without a cache: make one and return it.
+            use_cache: True without a cache: make one and return it. The config's `use_cache` does not ask for one.
             output_hidden_states: return the inputs of all blocks and the last hidden state.
             output_attentions: must not be True: no attention weights are there.
             cu_seq_lens_q: int32 [N + 1], ends of packed sequences, for b = 1.
