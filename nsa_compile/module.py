@@ -98,8 +98,6 @@ class MLPCompressor(MeanCompressor):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [b, s, g, channels] → [b, c, g, channels], c = num_cmp(s), packed s // d."""
         mean = super().forward(x, cu_seqlens)
-        if mean.shape[1] == 0:
-            return mean
         c, used, stride = mean.shape[1], None, self.d
         if cu_seqlens is not None:  # side by side, so that a stride of l visits each sequence's own blocks
             blocks, used = gather_blocks(x, cu_seqlens, l=self.l, d=self.d)

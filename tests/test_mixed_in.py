@@ -41,6 +41,17 @@ def test_autocast_computes_in_bf16_with_fp32_weights_and_gradients(changes):
     assert 0 < (flat[0] - flat[1]).norm() <= 1.5 * (flat[2] - flat[1]).norm()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("t", [1, 3, 4])
+def test_every_parameter_has_a_gradient_at_any_length(t, packed):
+    """DistributedDataParallel waits for all of them."""
+    model, where = make_model(torch.float32, l=4, phi="mlp", gate="sigmoid"), {}
+    if packed:
+        where["cu_seqlens"] = torch.tensor([0, t], dtype=torch.int32)
+    model(draw_ids(1, t), **where).sum().backward()
+    assert not [name for name, grad in gradients(model).items() if grad is None]
+
+
 def check_wrapped(device, wrap):
     """Each of two processes takes one row; the mean of their losses is one process's of both."""
     rank, ids = dist.get_rank(), draw_ids(2, 24)

@@ -23,7 +23,8 @@ def run(changes: dict[str, str]) -> dict:
     return names
 
 
-def test_it_runs_small_and_from_a_checkpoint(capsys):
+def test_it_runs_small_and_from_a_checkpoint(capsys, monkeypatch):
+    monkeypatch.chdir(PATH.parent)  # as Jupyter does
     names = run({"SMALL = 0": "SMALL = 1"})
     assert len(names["seen"].blocks) == len(names["seen"].gates) == names["c"].n_layers
     for chosen in names["free"]:  # forced and chosen blocks together are n_sel
