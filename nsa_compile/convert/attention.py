@@ -214,7 +214,7 @@ def find_rows(
     Raises: ValueError for padding within a row, packed rows with a mask or in a batch of more than one, other masks.
     """
     b, t = shape
-    look = not torch.compiler.is_compiling()
+    look = not torch.compiler.is_compiling()  # else what is wrong fails as an assertion on the device
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None with packed sequences (cu_seq_lens_q), got padding as well")
@@ -232,11 +232,14 @@ def find_rows(
         if look and valid.all():
             return Rows()
         first = valid.int().argmax(-1)
-        if look and (t > 1 or valid.device.type == "cpu"):
-            key = torch.arange(valid.shape[1], device=valid.device)
-            count = valid.sum(-1)
-            if not torch.equal(valid, (key >= first[:, None]) & (key < (first + count)[:, None])):
-                raise ValueError("attention_mask: expected padding at the ends of a row, got padding between tokens")
+        if not look or t > 1 or valid.device.type == "cpu":
+            key, last = torch.arange(valid.shape[1], device=valid.device), first + valid.sum(-1)
+            whole = (valid == (key >= first[:, None]) & (key < last[:, None])).all()
+            message = "attention_mask: expected padding at the ends of a row, got padding between tokens"
+            if not look:
+                torch._assert_async(whole, message)
+            elif not whole:
+                raise ValueError(message)
         return Rows(first=first)
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     first = visible[:, 0, -1].int().argmax(-1)
@@ -257,9 +260,11 @@ def packed_rows(position_ids: Tensor, b: int, look: bool) -> Rows:
     if look and not starts.any():
         return Rows()
     if b != 1 or position_ids.shape[0] != 1:
+        message = "position_ids: expected a batch of 1 packed row where positions start anew, got several rows"
         if look:
-            raise ValueError(f"position_ids: expected a batch of 1 packed row where positions start anew, got {b} rows")
-        return Rows()  # compiled: rows that count on
+            raise ValueError(message)
+        torch._assert_async(~starts.any(), message)
+        return Rows()
     return Rows(cu_seqlens=ends_of_sequences(nn.functional.pad(starts[0], (1, 0), value=True)).int())
 
 
@@ -270,6 +275,8 @@ def describe(mask: object) -> str:
 
 def rows_of_call(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of a converted model's decoder: hands `Rows` to its layers as `nsa_rows`."""
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: expected False: no attention weights are there, got True")
     names = ("input_ids", "attention_mask", "position_ids")
     given = dict(zip(names, args, strict=False)) | kwargs
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")

@@ -51,7 +51,8 @@ def put_attention(model: Any) -> None:
     sizes = attention_sizes(model.config, settings)
     for index in layers:
         layer = model.model.layers[index]
-        layer.self_attn = ConvertedAttention(layer.self_attn, model.model.rotary_emb, sizes)
+        dense = layer.self_attn
+        layer.self_attn = ConvertedAttention(dense, model.model.rotary_emb, sizes).train(dense.training)
     model.model.register_forward_pre_hook(rows_of_call, with_kwargs=True)
 
 

@@ -58,7 +58,8 @@ def parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise ValueError(f"layers: expected numbers and ranges such as 0,2-5, got {text!r}")
-        layers += range(int(first), int(last if dash else first) + 1)
+        numbers = [first, last] if dash else [first]
+        if not all(x.isdecimal() and len(x) < 5 for x in numbers) or int(numbers[-1]) < int(first):
+            raise ValueError(f"layers: expected numbers and ranges such as 0,2-5, below 10000, got {text!r}")
+        layers += range(int(first), int(numbers[-1]) + 1)
     return layers

@@ -1,5 +1,7 @@
 """`convert`: a dense Llama-, Qwen- or Mistral-style model becomes one of Native Sparse Attention."""
 
+import copy
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from nsa_compile.config import NSAConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NOT_COPIED = ("config.json", "generation_config.json")
@@ -37,7 +41,7 @@ def convert(
             apart (three times the cache).
         l, d, l_sel, n_sel, w, init_blocks, local_blocks, phi, gate, gate_hidden, impl: as in `NSAConfig`.
 
-    Returns: the model.
+    Returns: the model, with a config of its own: another model that shared its config keeps that.
 
     Raises: ImportError without transformers; ValueError or TypeError for another kind of model, layers out of range,
         sizes that do not fit, dropout in attention, RoPE that depends on the length (dynamic, longrope) or turns a part
@@ -49,7 +53,10 @@ def convert(
     }  # fmt: skip
     classes = import_classes()
     chosen = check_model(model, layers, settings)
-    config = model.config
+    dense, config = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is dense:
+            module.config = config
     config.nsa = {"layers": chosen, **settings}
     forget_sliding_window(config, chosen)
     model.__class__, config.__class__ = classes.CONVERTED[type(model)]
@@ -79,12 +86,15 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
         raise TypeError(f"model: expected one of {known}, got {type(model).__name__}")
     config = model.config
     n, head_dim = len(model.model.layers), classes.head_dim(config)
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected numbers of layers, got {layers!r}")
     chosen = list(range(n)) if layers is None else list(layers)
     for index in chosen:
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"layers: expected numbers of layers, got {index!r}")
     if not chosen or min(chosen) < 0 or max(chosen) >= n or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers: expected different numbers in 0 … {n - 1}, got {chosen}")
+        shown = chosen if len(chosen) < 20 else f"{len(chosen)} numbers up to {max(chosen)}"
+        raise ValueError(f"layers: expected different numbers in 0 … {n - 1}, got {shown}")
     sizes = classes.attention_sizes(config, settings)
 
     rope = config.rope_parameters or {}
@@ -144,7 +154,12 @@ def load_converted(folder: str | Path, **options: Any) -> Any:
     Raises: ImportError without transformers; ValueError for a folder without such a model, or weights that do not fit.
     """
     classes = import_classes()
-    read_config(folder, [config.model_type for _, config in classes.CONVERTED.values()])
+    told = read_config(folder, [config.model_type for _, config in classes.CONVERTED.values()])
+    settings: Any = told.get("nsa")
+    n, known = told.get("num_hidden_layers", 0), {"layers", *(field.name for field in dataclasses.fields(NSAConfig))}
+    whole = isinstance(settings, dict) and isinstance(settings.get("layers"), list) and not settings.keys() - known
+    if not whole or not all(type(index) is int and 0 <= index < n for index in settings["layers"]):
+        raise ValueError(f"folder: expected what convert writes as nsa in {folder}/config.json, got {settings}")
     return load_complete(folder, **options)
 
 
@@ -153,19 +168,34 @@ def read_config(folder: str | Path, expected: list[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"folder: expected one with config.json as save_pretrained writes it, got {folder}")
-    config = json.loads(path.read_text())
-    kind = config.get("model_type")
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"folder: expected JSON in {path}, got {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else config
     if kind not in expected:
         raise ValueError(f"folder: expected a model of type {', '.join(expected)}, got {kind!r} in {path}")
+    try:
+        AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        found = " ".join(str(error).split())
+        raise ValueError(f"folder: expected a config of type {kind} in {path}, got {found}") from error
     return config
 
 
 def load_complete(folder: str | Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, but a missing, unknown or misshapen weight is a ValueError."""
+    """`AutoModelForCausalLM.from_pretrained`, but a missing, unknown, misshapen or broken weight is a ValueError."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    try:
+        model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"folder: expected whole weights in {folder}, got a broken file: {error}") from error
     for kind, names in report.items():
         if names:
             shown = ", ".join(sorted(map(str, names))[:3])
