@@ -1,5 +1,6 @@
 """`convert`: a dense Llama-, Qwen- or Mistral-style model becomes one of Native Sparse Attention."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -28,7 +29,8 @@ def convert(
     The model's class and config become `NSALlamaForCausalLM`, `NSALlamaConfig` and alike, of
     `nsa_compile.convert.classes`: `save_pretrained` writes a checkpoint for `load_converted`, `generate` works with a
     `DynamicCache` or `StaticCache` made after the conversion, at the cost of a pass over all cached keys per token.
-    A converted layer sees the whole past, even where the dense one had a sliding window.
+    A converted layer sees the whole past, even where the dense one had a sliding window. The config is copied, so that
+    other models made of the same one stay as they are.
 
     Args:
         model: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or MistralForCausalLM.
@@ -49,13 +51,23 @@ def convert(
     }  # fmt: skip
     classes = import_classes()
     chosen = check_model(model, layers, settings)
-    config = model.config
+    config = own_config(model)
     config.nsa = {"layers": chosen, **settings}
     forget_sliding_window(config, chosen)
     model.__class__, config.__class__ = classes.CONVERTED[type(model)]
     config.architectures = [type(model).__name__]
     classes.put_attention(model)
     return model
+
+
+def own_config(model: Any) -> Any:
+    """A copy of a model's config in its place, everywhere in the model: other models may have the same object."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is shared:
+                setattr(module, name, own)
+    return own
 
 
 def import_classes() -> Any:
