@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -254,6 +255,8 @@ class NSALanguageModel(nn.Module):
             else:
                 with distributed_checkpoint() as dcp:
                     dcp.load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+        except SafetensorError as error:
+            raise ValueError(f"folder: expected a whole file of weights, got {weights}: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"folder: expected weights that fit {folder / 'config.json'}, got {error}") from error
         return model.to(device=device, dtype=dtype)

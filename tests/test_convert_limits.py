@@ -1,7 +1,7 @@
 """Conversion leaves other models alone, and what a converted model, checkpoint or command cannot take is refused."""
 
-import copy
 import json
+import re
 
 import pytest
 import torch
@@ -16,12 +16,19 @@ from test_convert import (
     make_dense,
     make_pair,
     pad,
+    refused,
     run,
 )
 
-from nsa_compile import NSALanguageModel, convert, load_converted
+from nsa_compile import NSAConfig, NSALanguageModel, convert, load_converted
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_dense("llama").save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    return tmp_path / "dense"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "mistral-sliding"])
@@ -45,3 +52,65 @@ def test_models_that_share_a_config_stay_apart(name, tmp_path):
     start = ids[:, :4]
     how = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(start)}
     assert torch.equal(one.generate(start, **how), teacher.generate(start, **how))
+
+
+@pytest.mark.parametrize("layers", [1, "all", range(10**12), [0, 1] * 10**5, [10**9], []], ids=lambda x: str(x)[:9])
+def test_layers_that_are_not_there_are_named_shortly(layers):
+    model = make_dense("llama")
+    with pytest.raises((TypeError, ValueError), match=r"^layers: expected .{1,60}, got .{1,60}$"):
+        convert(model, **SIZES, layers=layers)
+    assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+@pytest.mark.parametrize("layers", ["0-3000000000", "0-200000", "9" * 5000])
+def test_the_command_bounds_ranges_of_layers(folder, tmp_path, layers):
+    refused(run(folder, tmp_path / "out", *SIZED, "--layers", layers), tmp_path, "layers: expected", most=200)
+
+
+CONFIGS = {"list": "[1]", "cut": "{", "bytes": "\x00", "number": '{"model_type": 1}', "kind": {"vocab_size": "x"},
+           "zero": {"num_attention_heads": 0}, "negative": {"hidden_size": -24}}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_the_command_names_a_config_that_it_cannot_read(folder, tmp_path, case):
+    path, changed = folder / "config.json", CONFIGS[case]
+    if isinstance(changed, dict):
+        changed = json.dumps(json.loads(path.read_text()) | changed)
+    path.write_text(changed)
+    refused(run(folder, tmp_path / "out", *SIZED), tmp_path, "folder: expected", str(path))
+
+
+@pytest.mark.parametrize("keep", [-100, 50, 4, 0])
+def test_cut_weights_are_named(folder, tmp_path, keep):
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(run(folder, tmp_path / "out", *SIZED), tmp_path, "folder: expected", str(path))
+    make_pair()[1].save_pretrained(tmp_path / "nsa")
+    path = tmp_path / "nsa" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_converted(tmp_path / "nsa")
+
+
+def test_cut_weights_of_the_package_s_own_model_are_named(tmp_path):
+    NSALanguageModel(NSAConfig(dim=8, n_heads=2, n_kv_groups=1, d_k=4, d_v=4, n_layers=1)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        NSALanguageModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [None, [1], {"layers": [0, 7]}, {"layers": "all"}, {"layers": 1}, {"depth": 3}, {"l": "4"}, {"l": 5}, {"dim": 24}],
+    ids=str,
+)
+def test_loading_names_settings_that_do_not_fit(tmp_path, changes):
+    make_pair()[1].save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    settings["nsa"] = settings["nsa"] | changes if isinstance(changes, dict) else changes
+    for kept in (settings, {name: value for name, value in settings.items() if name != "nsa"}):
+        path.write_text(json.dumps(kept))
+        with pytest.raises(ValueError, match=r"folder: expected .*config\.json.* nsa: "):
+            load_converted(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NOT_COPIED = ("config.json", "generation_config.json")
@@ -91,12 +92,7 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
         raise TypeError(f"model: expected one of {known}, got {type(model).__name__}")
     config = model.config
     n, head_dim = len(model.model.layers), classes.head_dim(config)
-    chosen = list(range(n)) if layers is None else list(layers)
-    for index in chosen:
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"layers: expected numbers of layers, got {index!r}")
-    if not chosen or min(chosen) < 0 or max(chosen) >= n or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers: expected different numbers in 0 … {n - 1}, got {chosen}")
+    chosen = range(n) if layers is None else classes.check_layers(layers, n)
     sizes = classes.attention_sizes(config, settings)
 
     rope = config.rope_parameters or {}
@@ -109,7 +105,7 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"model: expected attention_dropout 0 (NSA has none), got {config.attention_dropout}")
     exact = min(sizes.w, sizes.n_sel * sizes.l_sel)
-    for index in sorted(chosen):
+    for index in chosen:
         attention = model.model.layers[index].self_attn
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             projection = getattr(attention, name, None)
@@ -124,7 +120,7 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
                 f"w: expected min(w, n_sel*l_sel) of at most {window}, the dense model's sliding window in layer "
                 f"{index}, got {exact}"
             )
-    return sorted(chosen)
+    return list(chosen)
 
 
 def sliding_window(config: Any, index: int) -> int | None:
@@ -156,33 +152,59 @@ def load_converted(folder: str | Path, **options: Any) -> Any:
     Raises: ImportError without transformers; ValueError for a folder without such a model, or weights that do not fit.
     """
     classes = import_classes()
-    read_config(folder, [config.model_type for _, config in classes.CONVERTED.values()])
+    build_empty(folder, [config.model_type for _, config in classes.CONVERTED.values()])
     return load_complete(folder, **options)
 
 
-def read_config(folder: str | Path, expected: list[str]) -> dict[str, Any]:
-    """A checkpoint's config.json, of one of the expected model types."""
+def build_empty(folder: str | Path, expected: list[str]) -> Any:
+    """The model that a checkpoint's config.json describes, of one of the expected types, without weights.
+
+    Raises: ValueError naming the file for one that cannot be read, is of another type, or describes no model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"folder: expected one with config.json as save_pretrained writes it, got {folder}")
-    config = json.loads(path.read_text())
-    kind = config.get("model_type")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"folder: expected JSON in {path}, got {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else config
     if kind not in expected:
-        raise ValueError(f"folder: expected a model of type {', '.join(expected)}, got {kind!r} in {path}")
-    return config
+        raise ValueError(f"folder: expected a model of type {', '.join(expected)}, got {str(kind)[:80]!r} in {path}")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # transformers and torch have no one type for it
+        raise ValueError(f"folder: expected settings of a model in {path}, got: {error}") from error
 
 
 def load_complete(folder: str | Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, but a missing, unknown or misshapen weight is a ValueError."""
+    """`AutoModelForCausalLM.from_pretrained`, but a missing, unknown, misshapen or cut weight is a ValueError."""
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    try:
+        model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"folder: expected whole files of weights, got {find_broken(folder)}: {error}") from error
     for kind, names in report.items():
         if names:
             shown = ", ".join(sorted(map(str, names))[:3])
             raise ValueError(f"folder: expected weights that fit {folder}/config.json, got {kind}: {shown}")
     return model
+
+
+def find_broken(folder: str | Path) -> Path:
+    """The first file of weights that cannot be opened; the folder if none is."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path
+    return Path(folder)
 
 
 def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
@@ -195,16 +217,14 @@ def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
 
     Raises: as `convert`; ValueError for a folder without a fitting model, or one that exists as `out`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     classes = import_classes()
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new or empty folder, got {out}")
-    read_config(source, [config.model_type.removeprefix("nsa_") for _, config in classes.CONVERTED.values()])
+    empty = build_empty(source, [config.model_type.removeprefix("nsa_") for _, config in classes.CONVERTED.values()])
     with torch.device("meta"):
-        convert(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)), **options)
-    model = convert(load_complete(source, dtype="auto"), **options)
+        layers = convert(empty, **options).config.nsa["layers"]
+    model = convert(load_complete(source, dtype="auto"), **options | {"layers": layers})
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
