@@ -211,7 +211,8 @@ def find_rows(
         cu_seqlens: int32 [N + 1], as DataCollatorWithFlattening gives it (`cu_seq_lens_q`).
         past: tokens in the cache.
 
-    Raises: ValueError for padding within a row, packed rows with a mask or in a batch of more than one, other masks.
+    Raises: ValueError for padding within a row, packed rows with a mask or in a batch of more than one, other masks;
+        what only values tell is a RuntimeError of the device in a compiled call.
     """
     b, t = shape
     look = not torch.compiler.is_compiling()
@@ -232,22 +233,25 @@ def find_rows(
         if look and valid.all():
             return Rows()
         first = valid.int().argmax(-1)
-        if look and (t > 1 or valid.device.type == "cpu"):
-            key = torch.arange(valid.shape[1], device=valid.device)
-            count = valid.sum(-1)
-            if not torch.equal(valid, (key >= first[:, None]) & (key < (first + count)[:, None])):
-                raise ValueError("attention_mask: expected padding at the ends of a row, got padding between tokens")
+        key = torch.arange(valid.shape[1], device=valid.device)
+        count = valid.sum(-1)
+        require(
+            (valid == ((key >= first[:, None]) & (key < (first + count)[:, None]))).all(),
+            "attention_mask: expected padding at the ends of a row, got padding between tokens "
+            "(for generate pad on the left)",
+        )
         return Rows(first=first)
+    message = (
+        "attention_mask: expected [b, s] of tokens and padding, or a causal mask with padding to the left, got another "
+        "mask with 4 axes, or padding between tokens"
+    )
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    if visible.shape[0] != b or visible.shape[2] != t:
+        raise ValueError(message)
     first = visible[:, 0, -1].int().argmax(-1)
-    if look:
-        key = torch.arange(visible.shape[-1], device=visible.device)
-        own = torch.arange(t, device=visible.device)[:, None] + past
-        if not torch.equal(visible[:, 0], ((key <= own) & (key >= first[:, None, None])).expand(b, -1, -1)):
-            raise ValueError(
-                "attention_mask: expected [b, s] of tokens and padding, or a causal mask with padding to the left, got "
-                "another mask with 4 axes"
-            )
+    key = torch.arange(visible.shape[-1], device=visible.device)
+    own = torch.arange(t, device=visible.device)[:, None] + past
+    require((visible[:, 0] == ((key <= own) & (key >= first[:, None, None]))).all(), message)
     return Rows(first=first)
 
 
@@ -257,10 +261,20 @@ def packed_rows(position_ids: Tensor, b: int, look: bool) -> Rows:
     if look and not starts.any():
         return Rows()
     if b != 1 or position_ids.shape[0] != 1:
-        if look:
-            raise ValueError(f"position_ids: expected a batch of 1 packed row where positions start anew, got {b} rows")
+        require(
+            ~starts.any(),
+            f"position_ids: expected a batch of 1 packed row where positions start anew, got {b} rows",
+        )
         return Rows()  # compiled: rows that count on
     return Rows(cu_seqlens=ends_of_sequences(nn.functional.pad(starts[0], (1, 0), value=True)).int())
+
+
+def require(fits: Tensor, message: str) -> None:
+    """Raise ValueError where a bool [] is False; in a compiled graph an assertion on the device, without a wait."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise ValueError(message)
 
 
 def describe(mask: object) -> str:
