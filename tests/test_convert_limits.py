@@ -114,3 +114,67 @@ def test_loading_names_settings_that_do_not_fit(tmp_path, changes):
         path.write_text(json.dumps(kept))
         with pytest.raises(ValueError, match=r"folder: expected .*config\.json.* nsa: "):
             load_converted(tmp_path)
+
+
+HOLE = torch.tensor([[1] * 40, [1] * 9 + [0] + [1] * 30])
+TWICE = torch.arange(40).remainder(25).expand(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "words"),
+    [
+        ({"attention_mask": HOLE.sort().values}, {"attention_mask": HOLE}, "between tokens"),
+        ({"position_ids": torch.arange(40).expand(2, -1)}, {"position_ids": TWICE}, "packed row"),
+    ],
+    ids=["hole", "restart"],
+)
+def test_a_compiled_model_refuses_them_too(good, bad, words):
+    model, ids = make_pair(layers=[0])[1], draw(2, 40)
+    compiled = torch.compile(
+        lambda **how: model(ids, use_cache=False, **how).logits, fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        expected = logits_of(model, ids, use_cache=False, **good)
+        keep = good.get("attention_mask", torch.ones_like(ids)).bool()
+        close(compiled(**good)[keep], expected[keep])
+        for call in (lambda **how: logits_of(model, ids, use_cache=False, **how), compiled):
+            with pytest.raises((ValueError, RuntimeError), match=words):
+                call(**bad)
+
+
+def test_a_compiled_step_refuses_a_mask_with_a_hole():
+    model, ids = make_pair(layers=[0])[1], draw(2, 9)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    compiled = torch.compile(lambda **how: model(**how).logits, backend="aot_eager")
+    with torch.no_grad():
+        compiled(input_ids=ids[:, :8], attention_mask=torch.ones(2, 8), **{CACHE: cache})
+        with pytest.raises((ValueError, RuntimeError), match="between tokens"):
+            compiled(input_ids=ids[:, 8:], attention_mask=torch.ones(2, 9).index_fill(1, torch.tensor(3), 0),
+                     **{CACHE: cache})  # fmt: skip
+
+
+def test_a_new_layer_is_in_the_mode_of_the_model():
+    for mode in (False, True):
+        model = convert(make_dense("llama").train(mode), **SIZES)
+        assert {module.training for module in model.modules()} == {mode}
+
+
+@pytest.mark.parametrize("where", ["call", "config", "generate"])
+def test_attention_weights_are_refused(where):
+    model, ids = make_pair(layers=[0])[1], draw(1, 4)
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        if where == "call":
+            model(ids, output_attentions=True)
+        elif where == "config":
+            model.set_attn_implementation("eager")
+            model.config.output_attentions = True
+            model(ids)
+        else:
+            model.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+def test_generate_wants_padding_on_the_left():
+    model = make_pair()[1]
+    ids, mask = pad([draw(1, 9), draw(1, 5)], left=False)
+    with pytest.raises(ValueError, match="for generate pad on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3)

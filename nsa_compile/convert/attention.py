@@ -73,6 +73,7 @@ class ConvertedAttention(nn.Module):
         with torch.device(weight.device):
             self.phi_k, self.phi_v = (compressor(sizes, x).to(weight.dtype) for x in (sizes.d_k, sizes.d_v))
             self.gate = StartedGate(sizes).to(weight.dtype)
+        self.train(dense.training)
 
     def extra_repr(self) -> str:
         """The sizes that submodules do not show."""
@@ -289,6 +290,9 @@ def rows_of_call(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if tokens is None:
         return args, kwargs  # the model says what is wrong
+    wanted = given.get("output_attentions")
+    if wanted or (wanted is None and base.config.output_attentions):
+        raise ValueError("output_attentions: expected False (converted layers compute no attention weights), got True")
     cache = given.get("cache") if given.get("cache") is not None else given.get("past_key_values")
     past = 0 if cache is None else cache.get_seq_length()
     rows = find_rows(
