@@ -283,7 +283,7 @@ def describe(mask: object) -> str:
     return f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
 
 
-def rows_of_call(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def rows_of_call(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of a converted model's decoder: hands `Rows` to its layers as `nsa_rows`."""
     names = ("input_ids", "attention_mask", "position_ids")
     given = dict(zip(names, args, strict=False)) | kwargs
