@@ -255,7 +255,9 @@ class NSALanguageModel(nn.Module):
             else:
                 with distributed_checkpoint() as dcp:
                     dcp.load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
-        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise ValueError(f"folder: expected a whole file of weights, got {weights}: {error}") from error
+        except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"folder: expected weights that fit {folder / 'config.json'}, got {error}") from error
         return model.to(device=device, dtype=dtype)
 

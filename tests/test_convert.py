@@ -303,7 +303,6 @@ REFUSED = {
     "negative layer": ("llama", {}, {"layers": [-1]}, ValueError, "layers"),
     "layer twice": ("llama", {}, {"layers": [1, 1]}, ValueError, "layers"),
     "no layer": ("llama", {}, {"layers": []}, ValueError, "layers"),
-    "one layer": ("llama", {}, {"layers": 1}, TypeError, "layers: expected numbers"),
     "layer of another type": ("llama", {}, {"layers": ["0"]}, TypeError, "layers"),
     "sizes": ("llama", {}, {"l": 5}, ValueError, "l: expected a multiple"),
     "too few blocks": ("llama", {}, {"n_sel": 2}, ValueError, "n_sel"),
@@ -327,31 +326,6 @@ def test_bad_input_is_refused_before_anything_changes(case):
         convert(model, **SIZES | options)
     assert model.config.to_dict() == config and type(model) is kind
     assert dict(model.named_modules()) == modules and not hasattr(model.config, "nsa")
-
-
-def test_a_model_that_shares_the_config_stays_as_it_was(tmp_path):
-    """A teacher, say; and dropout of the converted model is off as the dense one's was."""
-    teacher = make_dense("mistral-sliding")
-    student, told, ids = type(teacher)(teacher.config).eval(), teacher.config.to_dict(), draw(1, 2 * EXACT)
-    expected = logits_of(teacher, ids)
-    convert(student, **SIZES)
-    assert all(module.config is student.config for module in student.modules() if hasattr(module, "config"))
-    assert teacher.config.to_dict() == told and not any(module.training for module in student.modules())
-    assert torch.equal(logits_of(teacher, ids), expected)
-
-
-@pytest.mark.parametrize("what", ["hole", "packed rows"])
-def test_compiled_calls_refuse_what_eager_ones_do(what):
-    converted, ids, where = make_pair()[1], draw(2, 20), {}
-    if what == "hole":
-        where["attention_mask"] = torch.ones_like(ids).index_fill_(1, torch.tensor([7]), 0)
-    else:
-        where["position_ids"] = torch.arange(10).repeat(2)[None].expand(2, -1)
-    for model, error in ((converted, ValueError), (torch.compile(converted, backend="eager"), RuntimeError)):
-        with pytest.raises(error, match="attention_mask: expected" if what == "hole" else "position_ids: expected"):
-            model(ids, use_cache=False, **where)
-    with pytest.raises(ValueError, match="output_attentions"):
-        converted(ids, output_attentions=True)
 
 
 def test_other_models_are_refused():
@@ -408,17 +382,6 @@ def test_loading_says_what_does_not_fit(tmp_path):
             load_converted(tmp_path / "nsa")
 
 
-@pytest.mark.parametrize(
-    "nsa", [None, [], {"layers": [3]}, {"layers": "all"}, {"layers": [[0]]}, {"layers": [0], "words": 1}], ids=str
-)
-def test_loading_refuses_settings_that_convert_does_not_write(tmp_path, nsa):
-    make_pair()[1].save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(told | {"nsa": nsa}))
-    with pytest.raises(ValueError, match="expected what convert writes as nsa in"):
-        load_converted(tmp_path)
-
-
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["convert", *(str(a) for a in arguments)])
 
@@ -453,8 +416,6 @@ def test_the_command_writes_a_new_checkpoint(folder, tmp_path):
     [
         (["--layers", "0,3"], ["layers:", "0 … 2"]),
         (["--layers", "2-0"], ["layers:", "2-0"]),
-        (["--layers", "0-9999"], ["layers:", "0 … 2", "10000 numbers up to 9999"]),
-        (["--layers", "0-3000000000"], ["layers:", "below 10000"]),
         (["--l", "5"], ["l:", "multiple of d"]),
     ],
 )
@@ -462,8 +423,8 @@ def test_the_command_refuses_before_it_writes(folder, tmp_path, options, words):
     refused(run(folder, tmp_path / "out", *SIZED, *options), tmp_path, *words)
 
 
-def refused(result, tmp_path, *words):
-    assert result.exit_code == 2
+def refused(result, tmp_path, *words, most=1000):
+    assert result.exit_code == 2 and len(result.stderr) < most, result.output
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
     assert all(word in result.stderr for word in words), result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
@@ -474,18 +435,6 @@ def test_the_command_refuses_another_checkpoint(folder, tmp_path, changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     refused(run(folder, tmp_path / "out", *SIZED), tmp_path, "folder: expected")
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '{"model_type": "llama", "vocab_size": "x"}'])
-def test_the_command_refuses_a_config_that_is_none(folder, tmp_path, text):
-    (folder / "config.json").write_text(text)
-    refused(run(folder, tmp_path / "out", *SIZED), tmp_path, "folder: expected", str(folder / "config.json"))
-
-
-def test_the_command_refuses_broken_weights(folder, tmp_path):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    refused(run(folder, tmp_path / "out", *SIZED), tmp_path, "folder: expected whole weights", str(folder))
 
 
 def test_a_failed_write_leaves_nothing(folder, tmp_path, monkeypatch):
@@ -499,7 +448,7 @@ def test_a_failed_write_leaves_nothing(folder, tmp_path, monkeypatch):
 
 
 def test_layers_as_text():
-    assert parse_layers("0, 2-4,7") == [0, 2, 3, 4, 7]
+    assert list(parse_layers("0, 2-4,7")) == [0, 2, 3, 4, 7]
     for text in ("", "a", "1-", "-1", "3-2", "1,,2"):
         with pytest.raises(ValueError, match="layers"):
             parse_layers(text)

@@ -73,6 +73,7 @@ class ConvertedAttention(nn.Module):
         with torch.device(weight.device):
             self.phi_k, self.phi_v = (compressor(sizes, x).to(weight.dtype) for x in (sizes.d_k, sizes.d_v))
             self.gate = StartedGate(sizes).to(weight.dtype)
+        self.train(dense.training)
 
     def extra_repr(self) -> str:
         """The sizes that submodules do not show."""
@@ -211,10 +212,11 @@ def find_rows(
         cu_seqlens: int32 [N + 1], as DataCollatorWithFlattening gives it (`cu_seq_lens_q`).
         past: tokens in the cache.
 
-    Raises: ValueError for padding within a row, packed rows with a mask or in a batch of more than one, other masks.
+    Raises: ValueError for padding within a row, packed rows with a mask or in a batch of more than one, other masks;
+        what only values tell is a RuntimeError of the device in a compiled call.
     """
     b, t = shape
-    look = not torch.compiler.is_compiling()  # else what is wrong fails as an assertion on the device
+    look = not torch.compiler.is_compiling()
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None with packed sequences (cu_seq_lens_q), got padding as well")
@@ -232,25 +234,25 @@ def find_rows(
         if look and valid.all():
             return Rows()
         first = valid.int().argmax(-1)
-        if not look or t > 1 or valid.device.type == "cpu":
-            key, last = torch.arange(valid.shape[1], device=valid.device), first + valid.sum(-1)
-            whole = (valid == (key >= first[:, None]) & (key < last[:, None])).all()
-            message = "attention_mask: expected padding at the ends of a row, got padding between tokens"
-            if not look:
-                torch._assert_async(whole, message)
-            elif not whole:
-                raise ValueError(message)
+        key = torch.arange(valid.shape[1], device=valid.device)
+        count = valid.sum(-1)
+        require(
+            (valid == ((key >= first[:, None]) & (key < (first + count)[:, None]))).all(),
+            "attention_mask: expected padding at the ends of a row, got padding between tokens "
+            "(for generate pad on the left)",
+        )
         return Rows(first=first)
+    message = (
+        "attention_mask: expected [b, s] of tokens and padding, or a causal mask with padding to the left, got another "
+        "mask with 4 axes, or padding between tokens"
+    )
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    if visible.shape[0] != b or visible.shape[2] != t:
+        raise ValueError(message)
     first = visible[:, 0, -1].int().argmax(-1)
-    if look:
-        key = torch.arange(visible.shape[-1], device=visible.device)
-        own = torch.arange(t, device=visible.device)[:, None] + past
-        if not torch.equal(visible[:, 0], ((key <= own) & (key >= first[:, None, None])).expand(b, -1, -1)):
-            raise ValueError(
-                "attention_mask: expected [b, s] of tokens and padding, or a causal mask with padding to the left, got "
-                "another mask with 4 axes"
-            )
+    key = torch.arange(visible.shape[-1], device=visible.device)
+    own = torch.arange(t, device=visible.device)[:, None] + past
+    require((visible[:, 0] == ((key <= own) & (key >= first[:, None, None]))).all(), message)
     return Rows(first=first)
 
 
@@ -260,12 +262,20 @@ def packed_rows(position_ids: Tensor, b: int, look: bool) -> Rows:
     if look and not starts.any():
         return Rows()
     if b != 1 or position_ids.shape[0] != 1:
-        message = "position_ids: expected a batch of 1 packed row where positions start anew, got several rows"
-        if look:
-            raise ValueError(message)
-        torch._assert_async(~starts.any(), message)
-        return Rows()
+        require(
+            ~starts.any(),
+            f"position_ids: expected a batch of 1 packed row where positions start anew, got {b} rows",
+        )
+        return Rows()  # compiled: rows that count on
     return Rows(cu_seqlens=ends_of_sequences(nn.functional.pad(starts[0], (1, 0), value=True)).int())
+
+
+def require(fits: Tensor, message: str) -> None:
+    """Raise ValueError where a bool [] is False; in a compiled graph an assertion on the device, without a wait."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise ValueError(message)
 
 
 def describe(mask: object) -> str:
@@ -273,15 +283,16 @@ def describe(mask: object) -> str:
     return f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
 
 
-def rows_of_call(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def rows_of_call(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of a converted model's decoder: hands `Rows` to its layers as `nsa_rows`."""
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions: expected False: no attention weights are there, got True")
     names = ("input_ids", "attention_mask", "position_ids")
     given = dict(zip(names, args, strict=False)) | kwargs
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if tokens is None:
         return args, kwargs  # the model says what is wrong
+    wanted = given.get("output_attentions")
+    if wanted or (wanted is None and base.config.output_attentions):
+        raise ValueError("output_attentions: expected False (converted layers compute no attention weights), got True")
     cache = given.get("cache") if given.get("cache") is not None else given.get("past_key_values")
     past = 0 if cache is None else cache.get_seq_length()
     rows = find_rows(

@@ -1,5 +1,6 @@
 """The transformers classes of converted models, registered with its Auto classes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -45,15 +46,36 @@ class NSAMistralConfig(MistralConfig):
 
 
 def put_attention(model: Any) -> None:
-    """Put NSA in the place of the attention of the layers that `model.config.nsa` names."""
-    settings = dict(model.config.nsa)
-    layers = settings.pop("layers")
-    sizes = attention_sizes(model.config, settings)
+    """Put NSA in the place of the attention of layers, as `model.config.nsa` says. Raises ValueError naming it."""
+    settings = getattr(model.config, "nsa", None)
+    if not isinstance(settings, dict) or "layers" not in settings:
+        raise ValueError(f"nsa: expected layers and sizes, got {str(settings)[:80]}")
+    try:
+        layers = check_layers(settings["layers"], len(model.model.layers))
+        sizes = attention_sizes(model.config, {name: value for name, value in settings.items() if name != "layers"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"nsa: {error}") from error
     for index in layers:
         layer = model.model.layers[index]
-        dense = layer.self_attn
-        layer.self_attn = ConvertedAttention(dense, model.model.rotary_emb, sizes).train(dense.training)
+        layer.self_attn = ConvertedAttention(layer.self_attn, model.model.rotary_emb, sizes)
     model.model.register_forward_pre_hook(rows_of_call, with_kwargs=True)
+
+
+def check_layers(layers: Any, n: int) -> list[int]:
+    """Different numbers of layers in 0 … n - 1, ascending. Raises TypeError or ValueError at the first that is not."""
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected numbers of layers, got {layers!r}")
+    chosen: set[int] = set()
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"layers: expected numbers of layers, got {str(index)[:40]!r} among them")
+        if not 0 <= index < n or index in chosen:
+            twice = " twice" if index in chosen else ""
+            raise ValueError(f"layers: expected different numbers in 0 … {n - 1}, got {index}{twice}")
+        chosen.add(index)
+    if not chosen:
+        raise ValueError(f"layers: expected different numbers in 0 … {n - 1}, got none")
+    return sorted(chosen)
 
 
 def attention_sizes(config: Any, settings: dict[str, Any]) -> NSAConfig:

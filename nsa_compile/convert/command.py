@@ -1,5 +1,7 @@
 """The command `nsa-compile convert`."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,13 +55,14 @@ def convert_command(
     )
 
 
-def parse_layers(text: str) -> list[int]:
+def parse_layers(text: str) -> Iterator[int]:
     """Numbers and ranges such as "0,2-5". Raises ValueError for anything else."""
-    layers: list[int] = []
+    ranges: list[range] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        numbers = [first, last] if dash else [first]
-        if not all(x.isdecimal() and len(x) < 5 for x in numbers) or int(numbers[-1]) < int(first):
-            raise ValueError(f"layers: expected numbers and ranges such as 0,2-5, below 10000, got {text!r}")
-        layers += range(int(first), int(numbers[-1]) + 1)
-    return layers
+        if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > 18:
+            raise ValueError(f"layers: expected numbers and ranges such as 0,2-5, got {text[:80]!r}")
+        ranges.append(range(int(first), int(last if dash else first) + 1))
+        if not ranges[-1]:
+            raise ValueError(f"layers: expected ranges that ascend, got {part[:80]!r}")
+    return itertools.chain.from_iterable(ranges)

@@ -1,7 +1,6 @@
 """`convert`: a dense Llama-, Qwen- or Mistral-style model becomes one of Native Sparse Attention."""
 
 import copy
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from nsa_compile.config import NSAConfig
+from safetensors import SafetensorError, safe_open
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NOT_COPIED = ("config.json", "generation_config.json")
@@ -32,7 +30,8 @@ def convert(
     The model's class and config become `NSALlamaForCausalLM`, `NSALlamaConfig` and alike, of
     `nsa_compile.convert.classes`: `save_pretrained` writes a checkpoint for `load_converted`, `generate` works with a
     `DynamicCache` or `StaticCache` made after the conversion, at the cost of a pass over all cached keys per token.
-    A converted layer sees the whole past, even where the dense one had a sliding window.
+    A converted layer sees the whole past, even where the dense one had a sliding window. The config is copied, so that
+    other models made of the same one stay as they are.
 
     Args:
         model: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or MistralForCausalLM.
@@ -41,7 +40,7 @@ def convert(
             apart (three times the cache).
         l, d, l_sel, n_sel, w, init_blocks, local_blocks, phi, gate, gate_hidden, impl: as in `NSAConfig`.
 
-    Returns: the model, with a config of its own: another model that shared its config keeps that.
+    Returns: the model.
 
     Raises: ImportError without transformers; ValueError or TypeError for another kind of model, layers out of range,
         sizes that do not fit, dropout in attention, RoPE that depends on the length (dynamic, longrope) or turns a part
@@ -53,16 +52,23 @@ def convert(
     }  # fmt: skip
     classes = import_classes()
     chosen = check_model(model, layers, settings)
-    dense, config = model.config, copy.deepcopy(model.config)
-    for module in model.modules():
-        if getattr(module, "config", None) is dense:
-            module.config = config
+    config = own_config(model)
     config.nsa = {"layers": chosen, **settings}
     forget_sliding_window(config, chosen)
     model.__class__, config.__class__ = classes.CONVERTED[type(model)]
     config.architectures = [type(model).__name__]
     classes.put_attention(model)
     return model
+
+
+def own_config(model: Any) -> Any:
+    """A copy of a model's config in its place, everywhere in the model: other models may have the same object."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is shared:
+                setattr(module, name, own)
+    return own
 
 
 def import_classes() -> Any:
@@ -86,15 +92,7 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
         raise TypeError(f"model: expected one of {known}, got {type(model).__name__}")
     config = model.config
     n, head_dim = len(model.model.layers), classes.head_dim(config)
-    if layers is not None and not isinstance(layers, Iterable):
-        raise TypeError(f"layers: expected numbers of layers, got {layers!r}")
-    chosen = list(range(n)) if layers is None else list(layers)
-    for index in chosen:
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"layers: expected numbers of layers, got {index!r}")
-    if not chosen or min(chosen) < 0 or max(chosen) >= n or len(set(chosen)) < len(chosen):
-        shown = chosen if len(chosen) < 20 else f"{len(chosen)} numbers up to {max(chosen)}"
-        raise ValueError(f"layers: expected different numbers in 0 … {n - 1}, got {shown}")
+    chosen = range(n) if layers is None else classes.check_layers(layers, n)
     sizes = classes.attention_sizes(config, settings)
 
     rope = config.rope_parameters or {}
@@ -107,7 +105,7 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"model: expected attention_dropout 0 (NSA has none), got {config.attention_dropout}")
     exact = min(sizes.w, sizes.n_sel * sizes.l_sel)
-    for index in sorted(chosen):
+    for index in chosen:
         attention = model.model.layers[index].self_attn
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             projection = getattr(attention, name, None)
@@ -122,7 +120,7 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
                 f"w: expected min(w, n_sel*l_sel) of at most {window}, the dense model's sliding window in layer "
                 f"{index}, got {exact}"
             )
-    return sorted(chosen)
+    return list(chosen)
 
 
 def sliding_window(config: Any, index: int) -> int | None:
@@ -154,53 +152,59 @@ def load_converted(folder: str | Path, **options: Any) -> Any:
     Raises: ImportError without transformers; ValueError for a folder without such a model, or weights that do not fit.
     """
     classes = import_classes()
-    told = read_config(folder, [config.model_type for _, config in classes.CONVERTED.values()])
-    settings: Any = told.get("nsa")
-    n, known = told.get("num_hidden_layers", 0), {"layers", *(field.name for field in dataclasses.fields(NSAConfig))}
-    whole = isinstance(settings, dict) and isinstance(settings.get("layers"), list) and not settings.keys() - known
-    if not whole or not all(type(index) is int and 0 <= index < n for index in settings["layers"]):
-        raise ValueError(f"folder: expected what convert writes as nsa in {folder}/config.json, got {settings}")
+    build_empty(folder, [config.model_type for _, config in classes.CONVERTED.values()])
     return load_complete(folder, **options)
 
 
-def read_config(folder: str | Path, expected: list[str]) -> dict[str, Any]:
-    """A checkpoint's config.json, of one of the expected model types."""
+def build_empty(folder: str | Path, expected: list[str]) -> Any:
+    """The model that a checkpoint's config.json describes, of one of the expected types, without weights.
+
+    Raises: ValueError naming the file for one that cannot be read, is of another type, or describes no model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"folder: expected one with config.json as save_pretrained writes it, got {folder}")
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"folder: expected JSON in {path}, got {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else config
     if kind not in expected:
-        raise ValueError(f"folder: expected a model of type {', '.join(expected)}, got {kind!r} in {path}")
+        raise ValueError(f"folder: expected a model of type {', '.join(expected)}, got {str(kind)[:80]!r} in {path}")
     try:
-        AutoConfig.from_pretrained(folder)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        found = " ".join(str(error).split())
-        raise ValueError(f"folder: expected a config of type {kind} in {path}, got {found}") from error
-    return config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # transformers and torch have no one type for it
+        raise ValueError(f"folder: expected settings of a model in {path}, got: {error}") from error
 
 
 def load_complete(folder: str | Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, but a missing, unknown, misshapen or broken weight is a ValueError."""
-    from safetensors import SafetensorError
+    """`AutoModelForCausalLM.from_pretrained`, but a missing, unknown, misshapen or cut weight is a ValueError."""
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except SafetensorError as error:
-        raise ValueError(f"folder: expected whole weights in {folder}, got a broken file: {error}") from error
+        raise ValueError(f"folder: expected whole files of weights, got {find_broken(folder)}: {error}") from error
     for kind, names in report.items():
         if names:
             shown = ", ".join(sorted(map(str, names))[:3])
             raise ValueError(f"folder: expected weights that fit {folder}/config.json, got {kind}: {shown}")
     return model
+
+
+def find_broken(folder: str | Path) -> Path:
+    """The first file of weights that cannot be opened; the folder if none is."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path
+    return Path(folder)
 
 
 def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
@@ -213,16 +217,14 @@ def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
 
     Raises: as `convert`; ValueError for a folder without a fitting model, or one that exists as `out`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     classes = import_classes()
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: expected a new or empty folder, got {out}")
-    read_config(source, [config.model_type.removeprefix("nsa_") for _, config in classes.CONVERTED.values()])
+    empty = build_empty(source, [config.model_type.removeprefix("nsa_") for _, config in classes.CONVERTED.values()])
     with torch.device("meta"):
-        convert(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)), **options)
-    model = convert(load_complete(source, dtype="auto"), **options)
+        layers = convert(empty, **options).config.nsa["layers"]
+    model = convert(load_complete(source, dtype="auto"), **options | {"layers": layers})
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
