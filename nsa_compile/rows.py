@@ -40,6 +40,14 @@ def can_look(x: Tensor) -> bool:
     return real and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def require(fits: Tensor, message: str) -> None:
+    """Raise ValueError where a bool [] is False; an assertion on the device where the host may not look."""
+    if not can_look(fits):
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise ValueError(message)
+
+
 def lay_out(
     b: int, t: int, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None, cached: bool
 ) -> Rows:
@@ -57,13 +65,9 @@ def lay_out(
         mask = attention_mask[:, shape[1] - t :] != 0
         if t > 1:
             begins = mask & ~nn.functional.pad(mask[:, :-1], (1, 0))
-            whole = (begins.sum(1) <= 1).all()
             message = "attention_mask: expected rows padded on the left or the right, got one with a hole"
-            if not can_look(mask):
-                torch._assert_async(whole, message)
-            elif not whole:
-                raise ValueError(message)
-            elif mask.all():
+            require((begins.sum(1) <= 1).all(), message)
+            if can_look(mask) and mask.all():
                 mask = None
     if position_ids is not None:
         shape = tuple(check_tensor("position_ids", position_ids).shape)

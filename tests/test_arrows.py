@@ -53,7 +53,7 @@ LAYERS = {
     },
     "recompute": set(),
     "precision": set(),
-    "convert": {"ops", "custom_ops", "config", "module"},
+    "convert": {"ops", "custom_ops", "config", "module", "rows"},
     "options": set(),
     "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},

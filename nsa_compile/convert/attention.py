@@ -11,6 +11,7 @@ from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.nsa import nsa_attention
 from nsa_compile.module import GateMLP, MeanCompressor, MLPCompressor
 from nsa_compile.ops.layout import compressed_slots, ends_of_sequences, roll_rows
+from nsa_compile.rows import require
 
 
 class Rows(NamedTuple):
@@ -268,14 +269,6 @@ def packed_rows(position_ids: Tensor, b: int, look: bool) -> Rows:
         )
         return Rows()  # compiled: rows that count on
     return Rows(cu_seqlens=ends_of_sequences(nn.functional.pad(starts[0], (1, 0), value=True)).int())
-
-
-def require(fits: Tensor, message: str) -> None:
-    """Raise ValueError where a bool [] is False; in a compiled graph an assertion on the device, without a wait."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(fits, message)
-    elif not fits:
-        raise ValueError(message)
 
 
 def describe(mask: object) -> str:
