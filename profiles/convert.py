@@ -1,8 +1,9 @@
 """Train a small dense Llama of transformers on Python sources, convert it, and bring it back at long context.
 
 `python profiles/convert.py OUT.json` (extra hf, and bench for the picture OUT.png). The dense model learns bytes in
-short rows, then in long ones. Its converted copy and itself then go on over the same long rows; losses on held-out
-text, in nats per byte, are taken on the way and by position. `--small` is for a CPU: a minute, to see that it works.
+short rows, then in long ones. Its converted copies (one for each `--phi`) and itself then go on over the same long
+rows; losses on held-out text, in nats per byte, are taken on the way and by position. `--small` is for a CPU: a minute,
+to see that it works. With `--dense FILE` the training before the conversion can be a run of its own.
 """
 
 import argparse
@@ -109,13 +110,29 @@ def train(model, text: Tensor, s: dict, *, length: int, steps: int, lr: float, s
     return curve, spent + time.perf_counter() - begin
 
 
+def train_dense(text: Tensor, rows: Tensor, s: dict) -> tuple:
+    """A dense model that learned short rows, then long ones; its losses and seconds, each by stage."""
+    config = transformers.LlamaConfig(
+        vocab_size=256, max_position_embeddings=s["long"], bos_token_id=None, eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **s["model"],
+    )  # fmt: skip
+    dense = transformers.LlamaForCausalLM(config).to(rows.device)
+    stages, seconds = {}, {}
+    for kind, name, lr, seed in (("short", "dense, short rows only", "lr", 2), ("long", "dense", "long_lr", 3)):
+        print(f"dense, {kind} rows")
+        _, seconds[name] = train(dense, text, s, length=s[kind], steps=s[f"{kind}_steps"], lr=s[lr], seed=seed)
+        stages[name] = evaluate(dense, rows)
+        print(f"{name}: {stages[name]['loss']:.4f}", flush=True)
+    return dense, stages, seconds
+
+
 def plot(record: dict, path: Path) -> None:
     """Loss over the steps after the conversion, and by position."""
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for name, label in (("nsa", "converted"), ("dense", "dense")):
-        left.plot(*zip(*record["curves"][name], strict=True), marker=".", label=label)
+    for name, curve in record["curves"].items():
+        left.plot(*zip(*curve, strict=True), marker=".", label=name)
     left.set(xlabel=f"steps at {record['sizes']['long']} bytes", ylabel="nats per byte, held out")
     for name, stage in record["stages"].items():
         right.plot(list(stage["by_position"]), list(stage["by_position"].values()), marker=".", label=name)
@@ -137,7 +154,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", help="folders of Python files; default: the standard library")
     parser.add_argument("--copy", action="store_true", help="a copy of the key and value projections for every branch")
     parser.add_argument("--gate", default="softmax", choices=("softmax", "sigmoid"))
-    parser.add_argument("--phi", default="avg", choices=("avg", "mlp"))
+    parser.add_argument("--phi", nargs="+", default=["avg"], choices=("avg", "mlp"), help="a converted copy for each")
+    parser.add_argument("--dense", type=Path, help="file of the dense model: read if there, else trained and written")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other sizes, such as steps=100")
     args = parser.parse_args()
     s = copy.deepcopy(SMALL if args.small else FULL)
@@ -150,32 +168,27 @@ def main() -> None:
     text, held_out, n_files = read_text(args.text or [Path(sysconfig.get_paths()["stdlib"])], s["bytes"])
     print(f"{n_files} files, {len(text):,} bytes to train on, {len(held_out):,} held out")
     rows = draw(held_out, s["eval_rows"], s["long"], torch.Generator().manual_seed(1), device)
-    config = transformers.LlamaConfig(
-        vocab_size=256, max_position_embeddings=s["long"], bos_token_id=None, eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **s["model"],
-    )  # fmt: skip
-    dense = transformers.LlamaForCausalLM(config).to(device)
-    stages, seconds = {}, {}
-    print("dense, short rows")
-    _, seconds["dense_short"] = train(
-        dense, text, s, length=s["short"], steps=s["short_steps"], lr=s["lr"], seed=2
-    )  # fmt: skip
-    stages["dense, short rows only"] = evaluate(dense, rows)
-    print(f"dense, long rows: {stages['dense, short rows only']['loss']:.4f}")
-    how = {"length": s["long"], "lr": s["long_lr"]}
-    _, seconds["dense_long"] = train(dense, text, s, steps=s["long_steps"], seed=3, **how)
-    stages["dense"] = evaluate(dense, rows)
-    sparse = nsa.convert(copy.deepcopy(dense), tie_kv=not args.copy, gate=args.gate, phi=args.phi, **s["nsa"])
-    stages["converted"] = evaluate(sparse, rows)
-    print(f"dense {stages['dense']['loss']:.4f}, converted {stages['converted']['loss']:.4f}")
+    if args.dense and args.dense.exists():
+        dense, stages, seconds = torch.load(args.dense, map_location=device, weights_only=False)
+    else:
+        dense, stages, seconds = train_dense(text, rows, s)
+        if args.dense:
+            torch.save((dense, stages, seconds), args.dense)
+            return
+    models = {}
+    for phi in args.phi:
+        name = f"converted, φ {phi}"
+        models[name] = nsa.convert(copy.deepcopy(dense), tie_kv=not args.copy, gate=args.gate, phi=phi, **s["nsa"])
+        stages[name] = evaluate(models[name], rows)
     curves = {}
-    for name, model, label in (("nsa", sparse, "converted, trained on"), ("dense", dense, "dense, trained on")):
-        print(label)
-        curves[name], seconds[name] = train(model, text, s, steps=s["steps"], seed=4, rows=rows, **how)
-        stages[label] = evaluate(model, rows)
-    start, end = stages["converted"]["loss"], stages["converted, trained on"]["loss"]
-    gap = stages["dense, trained on"]["loss"]
-    print(f"converted {start:.4f} to {end:.4f}, dense {stages['dense']['loss']:.4f} to {gap:.4f}")
+    for name, model in (models | {"dense": dense}).items():
+        print(f"{name}: {stages[name]['loss']:.4f}; trained on")
+        curves[name], seconds[f"{name}, trained on"] = train(
+            model, text, s, length=s["long"], steps=s["steps"], lr=s["long_lr"], seed=4, rows=rows
+        )
+        stages[f"{name}, trained on"] = evaluate(model, rows)
+    for name in curves:
+        print(f"{name}: {stages[name]['loss']:.4f} to {stages[f'{name}, trained on']['loss']:.4f}")
     record = {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "date": datetime.date.today().isoformat(),
         "torch": torch.__version__, "transformers": transformers.__version__, "files": n_files, "train": len(text),
