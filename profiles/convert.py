@@ -25,16 +25,16 @@ import nsa_compile as nsa
 FULL = {
     "model": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
               "num_key_value_heads": 2, "head_dim": 64},
-    "nsa": {"l": 32, "d": 16, "l_sel": 64, "n_sel": 8, "w": 512},
-    "short": 1024, "long": 16384, "tokens": 65536, "short_steps": 2500, "long_steps": 300, "steps": 300,
-    "lr": 1e-3, "long_lr": 3e-4, "gate_lr": 3e-3, "eval_every": 25, "eval_rows": 16, "bytes": 2**30,
+    "nsa": {"l": 16, "d": 8, "l_sel": 32, "n_sel": 32, "w": 512},
+    "short": 1024, "long": 16384, "tokens": 65536, "short_steps": 1000, "long_steps": 1000, "steps": 600,
+    "lr": 1e-3, "long_lr": 3e-4, "last_lr": 5e-5, "gate_lr": 3e-3, "eval_every": 50, "eval_rows": 16, "bytes": 2**30,
 }  # fmt: skip
 SMALL = FULL | {
     "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "head_dim": 16},
     "nsa": {"l": 8, "d": 4, "l_sel": 16, "n_sel": 4, "w": 64},
     "short": 128, "long": 512, "tokens": 1024, "short_steps": 100, "long_steps": 10, "steps": 12,
-    "lr": 3e-3, "long_lr": 1e-3, "eval_every": 4, "eval_rows": 4, "bytes": 2**22,
+    "lr": 3e-3, "long_lr": 1e-3, "last_lr": 1e-3, "eval_every": 4, "eval_rows": 4, "bytes": 2**22,
 }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     for name, model in (models | {"dense": dense}).items():
         print(f"{name}: {stages[name]['loss']:.4f}; trained on")
         curves[name], seconds[f"{name}, trained on"] = train(
-            model, text, s, length=s["long"], steps=s["steps"], lr=s["long_lr"], seed=4, rows=rows
+            model, text, s, length=s["long"], steps=s["steps"], lr=s["last_lr"], seed=4, rows=rows
         )
         stages[f"{name}, trained on"] = evaluate(model, rows)
     for name in curves:
