@@ -26,7 +26,7 @@ FULL = {
     "model": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
               "num_key_value_heads": 2, "head_dim": 64},
     "nsa": {"l": 16, "d": 8, "l_sel": 32, "n_sel": 32, "w": 512},
-    "short": 1024, "long": 16384, "tokens": 65536, "short_steps": 1000, "long_steps": 1000, "steps": 600,
+    "short": 1024, "long": 16384, "tokens": 65536, "short_steps": 1000, "long_steps": 1000, "steps": 500,
     "lr": 1e-3, "long_lr": 3e-4, "last_lr": 5e-5, "gate_lr": 3e-3, "eval_every": 50, "eval_rows": 16, "bytes": 2**30,
 }  # fmt: skip
 SMALL = FULL | {
