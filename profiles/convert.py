@@ -3,7 +3,8 @@
 `python profiles/convert.py OUT.json` (extra hf, and bench for the picture OUT.png). The dense model learns bytes in
 short rows, then in long ones. Its converted copies (one for each `--phi`) and itself then go on over the same long
 rows; losses on held-out text, in nats per byte, are taken on the way and by position. `--small` is for a CPU: a minute,
-to see that it works. With `--dense FILE` the training before the conversion can be a run of its own.
+to see that it works. With `--dense FILE` the training before the conversion is a run of its own: it writes FILE only,
+and the same command once more does the rest.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--copy", action="store_true", help="a copy of the key and value projections for every branch")
     parser.add_argument("--gate", default="softmax", choices=("softmax", "sigmoid"))
     parser.add_argument("--phi", nargs="+", default=["avg"], choices=("avg", "mlp"), help="a converted copy for each")
-    parser.add_argument("--dense", type=Path, help="file of the dense model: read if there, else trained and written")
+    parser.add_argument("--dense", type=Path, help="file of the dense model: read if there, else written, and no more")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other sizes, such as steps=100")
     args = parser.parse_args()
     s = copy.deepcopy(SMALL if args.small else FULL)
@@ -163,20 +164,27 @@ def main() -> None:
         name, value = item.split("=")
         where = next((x for x in (s["model"], s["nsa"]) if name in x), s)
         where[name] = type(where[name])(float(value))
+    for path in filter(None, (args.out, args.dense)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     text, held_out, n_files = read_text(args.text or [Path(sysconfig.get_paths()["stdlib"])], s["bytes"])
     print(f"{n_files} files, {len(text):,} bytes to train on, {len(held_out):,} held out")
     rows = draw(held_out, s["eval_rows"], s["long"], torch.Generator().manual_seed(1), device)
+    made_of = {name: s[name] for name in s if name not in ("nsa", "steps", "last_lr", "gate_lr", "eval_every")}
+    made_of |= {"files": n_files, "train": len(text)}
     if args.dense and args.dense.exists():
-        dense, stages, seconds = torch.load(args.dense, map_location=device, weights_only=False)
+        dense, stages, seconds, before = torch.load(args.dense, map_location=device, weights_only=False)
+        if before != made_of:
+            raise ValueError(f"{args.dense}: expected a dense model made of {made_of}, got {before}")
     else:
         dense, stages, seconds = train_dense(text, rows, s)
         if args.dense:
-            torch.save((dense, stages, seconds), args.dense)
+            torch.save((dense, stages, seconds, made_of), args.dense)
+            print(f"wrote {args.dense}; the same command now goes on with it")
             return
     models = {}
-    for phi in args.phi:
+    for phi in dict.fromkeys(args.phi):
         name = f"converted, φ {phi}"
         models[name] = nsa.convert(copy.deepcopy(dense), tie_kv=not args.copy, gate=args.gate, phi=phi, **s["nsa"])
         stages[name] = evaluate(models[name], rows)
