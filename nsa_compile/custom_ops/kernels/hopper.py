@@ -25,6 +25,9 @@ from nsa_compile.custom_ops.kernels.tiles import LN2, LOG2E, padded
 
 ROWS = KEYS = 64
 
+# Triton 3.9 knows only the first name, 3.7 only the second
+load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 
 @gluon.jit
 def plan_walk(
@@ -70,7 +73,7 @@ def find_tile(i, entries, masked, tails, tail, heads, head, body, CAPACITY: gl.c
 @gluon.jit
 def load_tile(tiles, shared, barrier, b, g, key, pred):
     mbarrier.expect(barrier, tiles.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(tiles, [b, g, key, 0], barrier, shared, pred=pred)
+    load_async(tiles, [b, g, key, 0], barrier, shared, pred=pred)
 
 
 @gluon.jit

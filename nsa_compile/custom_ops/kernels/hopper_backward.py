@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -25,6 +24,7 @@ from nsa_compile.custom_ops.kernels.hopper import (
     find_tile,
     holds_broken,
     key_tiles,
+    load_async,
     load_rows,
     plan_walk,
     store_rows,
@@ -47,8 +47,8 @@ def _load_keys_and_values(k_tiles, v_tiles, k_buffers, v_buffers, ready, i, b, g
     """Load the tile i of keys and values into one of the 3 places for keys and one of the 2 for values."""
     barrier = ready.index(i & 1)
     mbarrier.expect(barrier, k_tiles.block_type.nbytes + v_tiles.block_type.nbytes, pred=pred)
-    tma.async_copy_global_to_shared(k_tiles, [b, g, key, 0], barrier, k_buffers.index(i % 3), pred=pred)
-    tma.async_copy_global_to_shared(v_tiles, [b, g, key, 0], barrier, v_buffers.index(i & 1), pred=pred)
+    load_async(k_tiles, [b, g, key, 0], barrier, k_buffers.index(i % 3), pred=pred)
+    load_async(v_tiles, [b, g, key, 0], barrier, v_buffers.index(i & 1), pred=pred)
 
 
 @gluon.jit
@@ -204,15 +204,11 @@ def _load_queries(
             token = t
             if pred & (i * TOKENS + j < count):
                 token = gl.load(tokens + i * TOKENS + j)
-            tma.async_copy_global_to_shared(
-                q_tiles, [b, token, g * H, 0], ready, q_buffer.slice(j, 1, dim=1), pred=pred
-            )
-            tma.async_copy_global_to_shared(
-                go_tiles, [b, token, g * H, 0], ready, go_buffer.slice(j, 1, dim=1), pred=pred
-            )
+            load_async(q_tiles, [b, token, g * H, 0], ready, q_buffer.slice(j, 1, dim=1), pred=pred)
+            load_async(go_tiles, [b, token, g * H, 0], ready, go_buffer.slice(j, 1, dim=1), pred=pred)
     else:
-        tma.async_copy_global_to_shared(q_tiles, [b, row // H, g * H, 0], ready, q_buffer, pred=pred)
-        tma.async_copy_global_to_shared(go_tiles, [b, row // H, g * H, 0], ready, go_buffer, pred=pred)
+        load_async(q_tiles, [b, row // H, g * H, 0], ready, q_buffer, pred=pred)
+        load_async(go_tiles, [b, row // H, g * H, 0], ready, go_buffer, pred=pred)
 
 
 @gluon.jit
@@ -299,8 +295,8 @@ def sum_keys_kernel(
         mbarrier.init(ready.index(j), count=1)
     fence_async_shared()
     mbarrier.expect(ready.index(2), k_tiles.block_type.nbytes + v_tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_tiles, [b, g, first_key, 0], ready.index(2), k_buffer)
-    tma.async_copy_global_to_shared(v_tiles, [b, g, first_key, 0], ready.index(2), v_buffer)
+    load_async(k_tiles, [b, g, first_key, 0], ready.index(2), k_buffer)
+    load_async(v_tiles, [b, g, first_key, 0], ready.index(2), v_buffer)
     _load_queries(
         q_tiles, go_tiles, q_buffers.index(0), go_buffers.index(0), ready.index(0), tokens, count, 0, first_row, b, g,
         t, tiles > 0, H, TOKENS, LISTED,
