@@ -440,7 +440,7 @@ def selected_attention(
     if on_hopper:
         hopper.attend(q, k, v, *span, (entries, counts), l_sel, scale, o, lse)
         return o, lse
-    rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, max(DK, DV))[0]
+    rows, keys, warps, stages = tiles or union_tiles(q, tokens * h, l_sel, DK, DV)[0]
     _selected_fwd_kernel[(triton.cdiv(t, tokens), g, b)](
         q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, o, lse,
         abs(scale) * LOG2E.value, t, s, n, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -450,13 +450,16 @@ def selected_attention(
     return o, lse
 
 
-def union_tiles(q: Tensor, rows: int, l_sel: int, width: int) -> tuple[Tiles, Tiles]:
+def union_tiles(q: Tensor, rows: int, l_sel: int, DK: int, DV: int) -> tuple[Tiles, Tiles]:
     """Tile sizes of the forward and the dQ kernel, which walk unions of blocks."""
-    rows, bytes_per_key = padded(rows), width * q.element_size()
+    rows, bytes_per_key = padded(rows), max(DK, DV) * q.element_size()
     keys = min(padded(l_sel), 64 if bytes_per_key <= 256 else 32 if bytes_per_key <= 512 else 16)
     if bytes_per_key > 256:
         return Tiles(rows, keys, 4, 1), Tiles(rows, keys, 4, 1)
-    return Tiles(rows, keys, max(1, rows // 16), 1), Tiles(rows, keys, max(2, rows // 16), 3)
+    # With wgmma, ptxas 12.8 (Triton 3.6 and 3.7) reads values of up to 32 channels at wrong addresses where blocks are
+    # not whole tiles: it drops the move of a uniform register that holds their descriptor. Two warps cannot run wgmma.
+    warps = max(1, rows // 16) if l_sel % keys == 0 or DV > 32 else min(2, rows // 16)
+    return Tiles(rows, keys, warps, 1), Tiles(rows, keys, max(2, rows // 16), 3)
 
 
 def selected_attention_backward(
@@ -492,7 +495,7 @@ def selected_gradients(
         grad_q = hopper_backward.sum_queries(q, k, v, grad_o, lse2, delta, *span, unions, l_sel, scale)
     else:
         grad_q = q.new_empty(q.shape)
-        rows, keys, warps, stages = tiles[0] if tiles else union_tiles(q, tokens * h, l_sel, width)[1]
+        rows, keys, warps, stages = tiles[0] if tiles else union_tiles(q, tokens * h, l_sel, DK, DV)[1]
         _selected_bwd_dq_kernel[(triton.cdiv(t, tokens), g, b)](
             q, k, v, key_tiles(k, keys, DK), key_tiles(v, keys, DV), *places, entries, counts, grad_o, lse2, delta,
             grad_q, scale, t, s, n, *strides, **sizes,
