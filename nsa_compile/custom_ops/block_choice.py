@@ -24,7 +24,12 @@ def select_blocks(
 
     The scores are `p_grp[j] = sum_h sum_i p_cmp[i] * overlap(i, j) / d` with `p_cmp = exp(scale * q·k_cmp - lse)` over
     the visible compressed tokens. The first `init_blocks` and the last `local_blocks` up to the query's own are forced
-    and count towards n_sel; the other slots go to the highest scores, the lower index on ties. Passes no gradient.
+    and count towards n_sel; the other slots go to the highest scores. Passes no gradient.
+
+    The same inputs give the same blocks at every call. Scores whose bits agree are ties, and the lower index wins.
+    Scores that are equal on paper (repeated keys, say) are sums in fp32, whose last bits depend on the order of their
+    terms: implementations, devices and layouts may rank those differently. With q = 0 all blocks between the first
+    one and the last ones are ties.
 
     Args:
         q: [b, t, n_heads, d_k] float; query head n belongs to group n // (n_heads // g).

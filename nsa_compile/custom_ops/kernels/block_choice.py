@@ -205,6 +205,8 @@ def select_blocks(
             p, position, *intervals, indices, first, chunk, t, width, g, candidates,
             N=n_sel, NP=NP, L_SEL=l_sel, A=A, AP=AP, M=M, INIT=init_blocks, LOCAL=local_blocks, ALIGNED=is_aligned,
             TEAMS=teams, TEAM=team, num_warps=min(8, max(1, scores // 2048)),
+            # a product fused with the sum over lanes rounds differently in each lane, which then differ in what is best
+            enable_fp_fusion=False,
         )  # fmt: skip
     return indices
 
