@@ -24,6 +24,7 @@ from nsa_compile import (
     selected_attention,
     window_attention,
 )
+from nsa_compile.ops.layout import query_layout, visible_slots
 from nsa_compile.ops.selection import compression_probabilities, group_scores, selection_scores
 
 pytestmark = [
@@ -211,7 +212,10 @@ def assert_same_choice(
     assert torch.equal(blocks < 0, expected < 0)
     assert ((blocks[..., 1:] > blocks[..., :-1]) | (blocks[..., 1:] < 0)).all()
     n_blocks = ((k_cmp.shape[1] + 1) * sizes.d + sizes.l) // sizes.l_sel + 1
-    fold = {**sizes.compression, "l_sel": sizes.l_sel, "cu_seqlens": where.get("cu_seqlens"), "n_blocks": n_blocks}
+    cu_seqlens = where.get("cu_seqlens")
+    layout = query_layout(q, where.get("q_start"), cu_seqlens)
+    first = None if cu_seqlens is None else visible_slots(layout, cu_seqlens, **sizes.compression)[0]
+    fold = {**sizes.compression, "l_sel": sizes.l_sel, "first": first, "n_blocks": n_blocks}
     scores = group_scores(selection_scores(compression_probabilities(q, k_cmp, lse, **how), **fold))
     empty = torch.zeros(*scores.shape[:-1], n_blocks + 1, dtype=torch.bool, device=q.device)
     chosen, wanted = (empty.scatter(-1, x.long() % (n_blocks + 1), True)[..., :-1] for x in (blocks, expected))

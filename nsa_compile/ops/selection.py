@@ -16,7 +16,7 @@ from nsa_compile.ops.attend import (
     split_heads,
 )
 from nsa_compile.ops.compression import compressed_view
-from nsa_compile.ops.layout import compressed_slots, num_cmp_at, query_chunks, query_layout
+from nsa_compile.ops.layout import num_cmp_at, query_chunks, query_layout, visible_slots
 
 
 def compression_probabilities(
@@ -37,18 +37,24 @@ def visible_probabilities(q, k_cmp, lse, layout, view, part: slice, scale: float
 
 
 def selection_scores(
-    p_cmp: Tensor, *, l: int, d: int, l_sel: int, n_blocks: int, cu_seqlens: Tensor | None = None
+    p_cmp: Tensor, *, l: int, d: int, l_sel: int, n_blocks: int, first: Tensor | None = None
 ) -> Tensor:
-    """`p_slc[j] = sum_i p_cmp[i] * overlap(i, j) / d` (Eq. 9): [..., c] → [..., n_blocks] of the own sequence."""
-    c, device = p_cmp.shape[-1], p_cmp.device
-    block = torch.arange(c, device=device) if cu_seqlens is None else compressed_slots(c, cu_seqlens, l=l, d=d)[0]
-    # l <= l_sel: a compression block meets the selection block in which it begins and at most the one after
-    first = block * d // l_sel
-    own = ((first + 1) * l_sel - block * d).clamp_max(l)
-    p_slc = p_cmp.new_zeros(*p_cmp.shape[:-1], n_blocks + 1)
-    for j, tokens in ((first, own), (first + 1, l - own)):
-        p_slc = p_slc.index_add(-1, j.clamp_max(n_blocks), p_cmp * (tokens / d).to(p_cmp.dtype))
-    return p_slc[..., :n_blocks]
+    """`p_slc[j] = sum_i p_cmp[i] * overlap(i, j) / d` (Eq. 9): [b, t, g, h, c] → [b, t, g, h, n_blocks].
+
+    `first` int64 [b, t]: packed, the slot of the first compressed token of each query's own sequence, whose blocks are
+    counted. Every block sums in the same order, whatever the device, so that equal probabilities give equal bits.
+    """
+    c, a, m = p_cmp.shape[-1], l_sel // d, l // d
+    if first is not None and c > 0:
+        slot = first[..., None, None, None] + torch.arange(c, device=p_cmp.device)
+        p_cmp = p_cmp.gather(-1, slot.clamp_max(c - 1).expand_as(p_cmp)).masked_fill(slot >= c, 0.0)
+    # block j meets the compressed tokens that begin in its a strides, and the m - 1 ones before
+    p_cmp = torch.nn.functional.pad(p_cmp, (m - 1, max(0, n_blocks * a - c)))
+    p_slc = p_cmp.new_zeros(*p_cmp.shape[:-1], n_blocks)
+    for i in range(a + m - 1):
+        strides = min(i + 1, m, a + m - 1 - i)
+        p_slc += p_cmp[..., i : i + (n_blocks - 1) * a + 1 : a] * strides
+    return p_slc
 
 
 def group_scores(p_slc: Tensor) -> Tensor:
@@ -91,10 +97,12 @@ def select_blocks(
     (b, t, n, _), (c, g) = q.shape, k_cmp.shape[1:3]
     n_blocks = number_of_blocks(t, c, l=l, d=d, l_sel=l_sel, static=q_start is not None)
     layout, view, _ = compressed_view(q, k_cmp, l, d, q_start, cu_seqlens)
+    first = None if cu_seqlens is None else visible_slots(layout, cu_seqlens, l=l, d=d)[0]
     indices = torch.empty(b, t, g, n_sel, dtype=torch.int32, device=q.device)
     for part in query_chunks(t, b * (n + g) * max(c, n_blocks)):
         p_cmp = visible_probabilities(q, k_cmp, lse, layout, view, part, default_scale(q, scale))
-        p_slc = selection_scores(p_cmp, l=l, d=d, l_sel=l_sel, n_blocks=n_blocks, cu_seqlens=cu_seqlens)
+        own = None if first is None else first[:, part]
+        p_slc = selection_scores(p_cmp, l=l, d=d, l_sel=l_sel, n_blocks=n_blocks, first=own)
         chosen = choose_blocks(
             group_scores(p_slc), layout.position[:, part],
             l_sel=l_sel, n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks,
