@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
@@ -104,7 +104,7 @@ def record_launches(run: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
+def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     """Compile a launch for a compute capability as the runtime would, pointers being aligned to 16 bytes."""
     signature, constants, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
@@ -124,7 +124,11 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             signature[name] = "fp32"
     source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = source_type(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """What a compiled kernel takes, as cuobjdump reads it."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -219,7 +223,7 @@ def compile_all(config: Config) -> dict[str, dict[str, int]]:
     found, seen = {}, Counter()
     for launch in every_launch(config):
         kernel = launch.kernel.__name__
-        found[f"{kernel} {seen[kernel]}"] = compile_launch(launch, config.capability)._asdict()
+        found[f"{kernel} {seen[kernel]}"] = resources(compile_launch(launch, config.capability))._asdict()
         seen[kernel] += 1
     return found
 
