@@ -369,10 +369,12 @@ def _selected_bwd_dkv_kernel(
         near = (mine < TOKENS) & (i + mine < count)
         near_token = tl.load(tokens + i + mine, mask=near, other=0)
         place = tl.load(position + near_token, mask=near, other=0) + tl.load(first + near_token, mask=near, other=0)
-        earliest = tl.min(tl.where(near, place, stop), 0)
+        # whether a key comes after a query; of floats, since ptxas 12.8 makes wrong code where an integer is reduced
+        # into a uniform register beside wgmma
+        hides = tl.max(tl.where(near & (place < block + piece + BN - 1), 1.0, 0.0), 0)
         scores, dp = dot(k_tile, tl.trans(q_tile)), dot(v_tile, tl.trans(go_tile))
         p, ds = score_gradient(scores, lse2_row[None, :], dp, delta_row[None, :], scale2)
-        if earliest < block + piece + BN - 1:
+        if hides > 0.0:
             own = tl.load(position + token, mask=live, other=-1) + tl.load(first + token, mask=live, other=0)
             seen = key <= own[None, :]
             p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
