@@ -88,7 +88,7 @@ def _joined(bounds: Sequence[Bound], axis: int) -> Bound:
 def _bound_part(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose) -> list[Bound]:
     """Bounds (o, lse, q, k, v) of one row and some groups."""
     exact = _exact(q, k, v, visible, scale, grad_o, grad_lse)
-    plain, units = _plain(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose)
+    plain, units = plain_attention(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose)
     bounds = []
     for truth, same, unit in zip(exact, plain, units, strict=True):
         error = torch.where(truth == same, 0.0, (same.double() - truth).abs())
@@ -112,7 +112,7 @@ def _exact(q, k, v, visible, scale, grad_o, grad_lse) -> list[Tensor]:
     return [o.detach(), lse.detach(), *grads]
 
 
-def _plain(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose) -> tuple[list[Tensor], list[Tensor]]:
+def plain_attention(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose) -> tuple[list[Tensor], list[Tensor]]:
     """(results, units) of plain attention; rows of a group are its heads, token after token.
 
     With P the probabilities: dV = Pᵀ dO, dS = P * (dO Vᵀ - delta), delta = sum(dO * o) - dLSE, dQ = scale * dS K,
@@ -171,7 +171,7 @@ def _rows_of_gradients(q_rows, v, g, grad_o, grad_lse) -> tuple[Tensor, Tensor]:
 
 
 def _plain_gradients(q, k, v, p, o, drift, blind, seen, scale, go, gl, eps, dtype, loose):
-    """(dq, dk, dv) and their units, rows as in `_plain`."""
+    """(dq, dk, dv) and their units, rows as in `plain_attention`."""
     keys, rows = (eps.compute * (32 + math.sqrt(n)) for n in (p.shape[-1], p.shape[-2]))
     go, gl = go.masked_fill(blind, 0.0), gl.masked_fill(blind, 0.0)
     delta = (o * go).sum(-1, keepdim=True) - gl

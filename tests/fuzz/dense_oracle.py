@@ -257,7 +257,7 @@ def mix(gates: Tensor, outputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def rope(x: Tensor, position: Tensor, theta: float = 10000.0) -> Tensor:
-    """Channel pairs (i, i + d/2) of x [b, t, n, d] turned by `position * theta ** (-2i / d)`, position [b or none, t]."""
+    """Channel pairs (i, i + d/2) of x [b, t, n, d] turned by `position * theta ** (-2i/d)`, position [b, t] or [t]."""
     half = x.shape[-1] // 2
     angle = position.double()[..., None, None] * theta ** (-torch.arange(half, device=x.device).double() / half)
     turned = torch.polar(torch.ones_like(angle), angle) * torch.complex(x[..., :half].double(), x[..., half:].double())

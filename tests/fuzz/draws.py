@@ -95,7 +95,7 @@ def blocks(rng: random.Random, most: int = 256) -> tuple[int, int, int]:
 def selection(rng: random.Random, most: int = 32) -> dict[str, int]:
     """n_sel and the forced blocks that it includes."""
     init_blocks, local_blocks = rng.choice((0, 1, 1, 1, 2, 3)), rng.choice((1, 2, 2, 2, 3, 4))
-    free = log_uniform(rng, 1, max(2, most - init_blocks - local_blocks)) - 1
+    free = 0 if rng.random() < 0.15 else log_uniform(rng, 1, max(1, most - init_blocks - local_blocks))
     return {"init_blocks": init_blocks, "local_blocks": local_blocks, "n_sel": init_blocks + local_blocks + free}
 
 

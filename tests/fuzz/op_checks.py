@@ -42,7 +42,7 @@ class Limits(NamedTuple):
 
 SIZES = {
     "gpu": Limits(8, 64, 256, 256, 32, 1024, 2**28),
-    "cpu": Limits(4, 16, 128, 256, 16, 256, 2**18),
+    "cpu": Limits(3, 8, 48, 24, 8, 100, 2**19),
     "interpreter": Limits(2, 6, 32, 32, 6, 24, 2**11),
 }
 """Limits by where cases run: kernels on a GPU, the reference on a CPU, kernels in Triton's interpreter."""
@@ -84,7 +84,11 @@ def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     packed, start = mode in ("packed", "both"), mode in ("start", "both")
     b = 1 if packed else draws.weighted(rng, {1: 4, 2: 4, 3: 2})
     units = [family["l"], family["d"], family["l_sel"], family["w"], 16, 64, 128]
-    s = draws.multiple(draws.length(rng, units, most_tokens(family, b, rng)), family["sixteens"])
+    most, chosen = most_tokens(family, b, rng), family["n_sel"] * family["l_sel"]
+    s = draws.length(rng, units, most)
+    if rng.random() < 0.4:  # long enough for blocks to be left out
+        s = min(most, draws.log_uniform(rng, chosen, 6 * chosen))
+    s = draws.multiple(s, family["sixteens"])
     t = s
     if start:
         t = min(s, draws.weighted(rng, {1: 2, rng.randint(1, 8): 3, draws.length(rng, units, s): 5}))
@@ -97,7 +101,7 @@ def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         "cu_seqlens": draws.packing(rng, s) if packed else None,
         "scale": draws.scale(rng, family["d_k"], family["negative"]),
         "contents": {
-            "q": draws.weighted(rng, {"normal": 6, "zeros": 1, "grid": 1, "few": 1}),
+            "q": draws.weighted(rng, {"normal": 6, "zeros": 1.5, "grid": 1, "few": 1}),
             "k": draws.weighted(rng, {"normal": 6, "few": 1, "grid": 1, "constant": 1}),
             "v": draws.weighted(rng, {"normal": 6, "constant": 1, "few": 1}),
             "grad_o": draws.weighted(rng, {"normal": 6, "ones": 1, "zeros": 0.5}),
