@@ -47,7 +47,8 @@ def bound_scores(
         for first in range(0, g, step):
             groups, heads = slice(first, first + step), slice(first * h, (first + step) * h)
             own = q[row : row + 1, :, heads], k_cmp[row : row + 1, :, groups]
-            score = oracle.block_scores(*(x.double() for x in own), **sizes, l_sel=l_sel, **place, scale=scale, blocks=blocks)
+            wide = (x.double() for x in own)
+            score = oracle.block_scores(*wide, **sizes, l_sel=l_sel, **place, scale=scale, blocks=blocks)
             sums = _largest_sum(*(x.to(compute_type(dtype)).abs() for x in own), visible[row : row + 1])
             off = 16 * eps.compute * abs(scale) * sums.unsqueeze(-1)
             off = torch.where(off > LOST, math.inf, 4 * off + eps.compute * (64 + math.sqrt(h)))

@@ -9,6 +9,7 @@ summed. It is as narrow for small rows of a tensor as for large ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import dense_oracle as oracle
@@ -76,17 +77,18 @@ def bound_attention(
             inputs = q[row : row + 1, :, part], k[row : row + 1, :, groups], v[row : row + 1, :, groups]
             grads = [None if x is None else x[row : row + 1, :, part] for x in (grad_o, grad_lse)]
             parts.append(_bound_part(*inputs, shown, scale, *grads, dtype, loose))
-        rows.append([Bound(*(torch.cat(x, 2) for x in zip(*bounds, strict=True))) for bounds in zip(*parts, strict=True)])
-    return {
-        name: Bound(*(torch.cat(x) for x in zip(*bounds, strict=True)))
-        for name, bounds in zip(names, zip(*rows, strict=True), strict=False)
-    }
+        rows.append([_joined(bounds, 2) for bounds in zip(*parts, strict=True)])
+    return dict(zip(names, (_joined(bounds, 0) for bounds in zip(*rows, strict=True)), strict=True))
+
+
+def _joined(bounds: Sequence[Bound], axis: int) -> Bound:
+    return Bound(torch.cat([x.exact for x in bounds], axis), torch.cat([x.tolerance for x in bounds], axis))
 
 
 def _bound_part(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose) -> list[Bound]:
     """Bounds (o, lse, q, k, v) of one row and some groups."""
     exact = _exact(q, k, v, visible, scale, grad_o, grad_lse)
-    plain, units = _plain(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose)
+    plain, units = plain_attention(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose)
     bounds = []
     for truth, same, unit in zip(exact, plain, units, strict=True):
         error = torch.where(truth == same, 0.0, (same.double() - truth).abs())
@@ -103,13 +105,14 @@ def _exact(q, k, v, visible, scale, grad_o, grad_lse) -> list[Tensor]:
     if grad_o is None and grad_lse is None:
         return [o.detach(), lse.detach()]
     pairs = [(x, y.double()) for x, y in ((o, grad_o), (lse, grad_lse)) if y is not None]
-    if not k.shape[1]:
-        return [o.detach(), lse.detach(), *(torch.zeros_like(x) for x in leaves)]
-    grads = torch.autograd.grad([x for x, _ in pairs], leaves, [y for _, y in pairs], allow_unused=True)
-    return [o.detach(), lse.detach(), *(torch.zeros_like(x) if y is None else y for x, y in zip(leaves, grads, strict=True))]
+    if k.shape[1]:
+        grads = torch.autograd.grad([x for x, _ in pairs], leaves, [y for _, y in pairs], materialize_grads=True)
+    else:
+        grads = tuple(map(torch.zeros_like, leaves))
+    return [o.detach(), lse.detach(), *grads]
 
 
-def _plain(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose) -> tuple[list[Tensor], list[Tensor]]:
+def plain_attention(q, k, v, visible, scale, grad_o, grad_lse, dtype, loose) -> tuple[list[Tensor], list[Tensor]]:
     """(results, units) of plain attention; rows of a group are its heads, token after token.
 
     With P the probabilities: dV = Pᵀ dO, dS = P * (dO Vᵀ - delta), delta = sum(dO * o) - dLSE, dQ = scale * dS K,
@@ -168,13 +171,13 @@ def _rows_of_gradients(q_rows, v, g, grad_o, grad_lse) -> tuple[Tensor, Tensor]:
 
 
 def _plain_gradients(q, k, v, p, o, drift, blind, seen, scale, go, gl, eps, dtype, loose):
-    """(dq, dk, dv) and their units, rows as in `_plain`."""
+    """(dq, dk, dv) and their units, rows as in `plain_attention`."""
     keys, rows = (eps.compute * (32 + math.sqrt(n)) for n in (p.shape[-1], p.shape[-2]))
     go, gl = go.masked_fill(blind, 0.0), gl.masked_fill(blind, 0.0)
     delta = (o * go).sum(-1, keepdim=True) - gl
     gap = go @ v.mT - delta
     ds = rounded(p * gap, dtype)
-    results = [rounded(ds @ k * scale, dtype), rounded(ds.mT @ q * scale, dtype), rounded(rounded(p, dtype).mT @ go, dtype)]
+    results = [rounded(x, dtype) for x in (ds @ k * scale, ds.mT @ q * scale, rounded(p, dtype).mT @ go)]
     del ds
     off = (go.abs() @ v.abs().mT).add_(gl.abs()).mul_(loose + 32 * eps.compute)  # of dO Vᵀ
     off += (eps.own + loose + 32 * eps.compute) * (o * go).abs().sum(-1, keepdim=True)  # of delta

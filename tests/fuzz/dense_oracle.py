@@ -224,9 +224,7 @@ def choose(
 ) -> Tensor:
     """Eq. 11: the forced blocks and the highest scores, the lower index on ties; int64 [b, t, g, n_sel], -1 last."""
     blocks = p_grp.shape[-1]
-    started, forced = candidates(
-        position, blocks, l_sel=l_sel, init_blocks=init_blocks, local_blocks=local_blocks
-    )
+    started, forced = candidates(position, blocks, l_sel=l_sel, init_blocks=init_blocks, local_blocks=local_blocks)
     rank = p_grp.masked_fill(forced, math.inf).masked_fill(~started, -math.inf)
     order = rank.sort(dim=-1, descending=True, stable=True).indices
     taken = torch.arange(blocks, device=order.device) < started.sum(-1, keepdim=True)
@@ -259,7 +257,7 @@ def mix(gates: Tensor, outputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def rope(x: Tensor, position: Tensor, theta: float = 10000.0) -> Tensor:
-    """Channel pairs (i, i + d/2) of x [b, t, n, d] turned by `position * theta ** (-2i / d)`; position [b, t] or [t]."""
+    """Channel pairs (i, i + d/2) of x [b, t, n, d] turned by `position * theta ** (-2i/d)`, position [b, t] or [t]."""
     half = x.shape[-1] // 2
     angle = position.double()[..., None, None] * theta ** (-torch.arange(half, device=x.device).double() / half)
     turned = torch.polar(torch.ones_like(angle), angle) * torch.complex(x[..., :half].double(), x[..., half:].double())

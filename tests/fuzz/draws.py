@@ -49,6 +49,24 @@ def length(rng: random.Random, units: Sequence[int], most: int) -> int:
     return log_uniform(rng, min(low, most), min(high, most))
 
 
+def multiple(n: int, sixteens: bool) -> int:
+    """n or a number near it that 16 divides, or that 16 does not divide; few tokens stay as few."""
+    if sixteens:
+        return n if n < 9 else max(16, round(n / 16) * 16)
+    return n + 1 if n % 16 == 0 else n
+
+
+def cuts(rng: random.Random, t: int, sixteens: bool) -> list[int]:
+    """Where t tokens are cut into chunks, of lengths as `multiple` gives them."""
+    ends: list[int] = []
+    for _ in range(rng.choice((1, 2, 3))):
+        begin = ends[-1] if ends else 0
+        end = begin + multiple(log_uniform(rng, 1, max(1, t - 1)), sixteens)
+        if end < t:
+            ends.append(end)
+    return ends
+
+
 def width(rng: random.Random, most: int = 256) -> int:
     """Channels of a head: what models have, any multiple of 8, or any number from 8 on."""
     kind = weighted(rng, {"usual": 2.0, "eights": 1.0, "any": 1.0})
@@ -77,7 +95,7 @@ def blocks(rng: random.Random, most: int = 256) -> tuple[int, int, int]:
 def selection(rng: random.Random, most: int = 32) -> dict[str, int]:
     """n_sel and the forced blocks that it includes."""
     init_blocks, local_blocks = rng.choice((0, 1, 1, 1, 2, 3)), rng.choice((1, 2, 2, 2, 3, 4))
-    free = log_uniform(rng, 1, max(2, most - init_blocks - local_blocks)) - 1
+    free = 0 if rng.random() < 0.15 else log_uniform(rng, 1, max(1, most - init_blocks - local_blocks))
     return {"init_blocks": init_blocks, "local_blocks": local_blocks, "n_sel": init_blocks + local_blocks + free}
 
 
@@ -179,6 +197,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     equal = bits(a) == bits(b)
     return bool((equal | (a.isnan() & b.isnan())).all() if a.is_floating_point() else equal.all())
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree exactly, where 0 is -0 and NaN is NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def storage_bits(x: Tensor) -> Tensor:

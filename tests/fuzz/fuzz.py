@@ -30,10 +30,14 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [path for path in (str(HERE), str(HERE.parent)) if path not in sys.path]
 sys.path.append(str(HERE.parent.parent))  # behind what PYTHONPATH names
 
-MODULES = {"ops": "op_checks", "caches": "cache_checks", "models": "model_checks"}
+MODULES = {"ops": "op_checks", "others": "other_checks", "caches": "cache_checks", "models": "model_checks"}
 """Modules of checks by kind; another kind is the name of its module."""
 CRASHES = 3
 """Workers that one family may end."""
+STARTING = 120.0
+"""Seconds that a worker may take to start, beside those of its first case."""
+MOST_CRASHES = 300
+"""Workers that a run may lose."""
 SHOWN = 3
 """Failures of one family that are printed; the record has them all."""
 
@@ -60,7 +64,14 @@ def pick_device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check(request: dict[str, Any], device: str) -> list[str]:
+def release_memory() -> None:
+    """Give cached memory of the device back."""
+    import torch
+
+    torch.cuda.empty_cache()
+
+
+def check(request: dict[str, Any], device: str, tries: int = 4) -> list[str]:
     """Failures of one case; an exception is one."""
     try:
         failures = checks_of(request["kind"]).run_case(request["family"], request["case"], device)
@@ -70,6 +81,10 @@ def check(request: dict[str, Any], device: str) -> list[str]:
             torch.cuda.synchronize()
         return failures
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" and tries > 1:  # others hold the memory, for a while
+            release_memory()
+            time.sleep(5)
+            return check(request, device, tries - 1)
         frames = traceback.extract_tb(error.__traceback__)
         ours = [x for x in frames if "nsa_compile" in x.filename] or frames
         lines = str(error).strip().splitlines() or [""]
@@ -86,7 +101,7 @@ def is_broken(device: str) -> bool:
     try:
         torch.cuda.synchronize()
         if torch.cuda.memory_reserved() > 4 * 2**30:  # others want memory, too
-            torch.cuda.empty_cache()
+            release_memory()
         return False
     except Exception:
         return True
@@ -126,7 +141,7 @@ class Family:
     failures: int = 0
 
     def __post_init__(self) -> None:
-        self.values = draw_family(self.kind, random.Random(self.seed), self.size)
+        self.values = checks_of(self.kind).draw_family(random.Random(self.seed), self.size)
 
     def next_request(self) -> dict[str, Any] | None:
         """The next case, None if there is none or too many have ended their worker."""
@@ -135,13 +150,6 @@ class Family:
         rng = random.Random(f"{self.seed}/{self.drawn}")
         self.drawn += 1
         return {"kind": self.kind, "family": self.values, "case": checks_of(self.kind).draw_case(self.values, rng)}
-
-
-def draw_family(kind: str, rng: random.Random, size: str) -> dict[str, Any]:
-    """A family of a kind; modules that know no sizes are not told one."""
-    draw = checks_of(kind).draw_family
-    knows = "size" in draw.__code__.co_varnames[: draw.__code__.co_argcount]
-    return draw(rng, size) if knows else draw(rng)
 
 
 def families(kinds: list[str], seed: str, size: str, cases: int | None) -> Iterator[Family]:
@@ -171,7 +179,8 @@ class Worker:
 
     def send(self, request: dict[str, Any], seconds: float) -> bool:
         """Start a case; False if the process is gone."""
-        self.request, self.deadline = request, time.monotonic() + seconds
+        start = STARTING if self.request is None else 0.0
+        self.request, self.deadline = request, time.monotonic() + seconds + start
         try:
             assert self.process.stdin is not None
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -240,7 +249,8 @@ class Run:
         """Whether no more cases are to be started."""
         o = self.options
         late = time.monotonic() - self.begin > o.minutes * 60
-        return late or self.sent >= o.cases or bool(o.stop and len(self.failures) >= o.stop)
+        failing = bool(o.stop and len(self.failures) >= o.stop) or self.crashes >= MOST_CRASHES
+        return late or self.sent >= o.cases or failing
 
     def feed(self, worker: Worker) -> bool:
         """Send the worker its family's next case, or the first of a new family; False if the run is over."""
@@ -370,7 +380,7 @@ def versions() -> dict[str, str]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check drawn configurations against the dense fp64 oracle.")
-    parser.add_argument("--kinds", default="ops", help="of checks, by commas: ops, caches, models or modules")
+    parser.add_argument("--kinds", default="ops", help="of checks, by commas: ops, others, caches, models or modules")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no case is started")
     parser.add_argument("--cases", type=int, default=10**9, help="after which no case is started")
     parser.add_argument("--family-cases", type=int, help="cases of a family, default what its module says")

@@ -1,4 +1,4 @@
-"""The attention ops of the package against the dense oracle: one configuration, everything that the contract says of it.
+"""The attention ops of the package against the dense oracle: of one configuration all that the contract says.
 
 A family is what kernels are compiled for; a case is a row length, a place, contents, layouts in memory.
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import block_checks
 import dense_oracle as oracle
@@ -25,85 +26,113 @@ import nsa_compile
 KIND = "ops"
 CASES = 20
 """Cases of a family."""
-WORK = {"gpu": 2**36, "cpu": 2**24, "interpreter": 2**16}
-"""Most channels of all (query head, key) pairs of a case, by where it runs."""
+
+
+class Limits(NamedTuple):
+    """How large a case may be: groups, heads of a group, channels, l_sel, n_sel, w, (query head, key) pairs."""
+
+    groups: int
+    heads: int
+    channels: int
+    block: int
+    chosen: int
+    window: int
+    pairs: int
+
+
+SIZES = {
+    "gpu": Limits(8, 64, 256, 256, 32, 1024, 2**28),
+    "cpu": Limits(3, 8, 48, 24, 8, 100, 2**19),
+    "interpreter": Limits(2, 6, 32, 32, 6, 24, 2**11),
+}
+"""Limits by where cases run: kernels on a GPU, the reference on a CPU, kernels in Triton's interpreter."""
+PAIRS_OF_GROUP = 2**26
+"""Most (query head, key) pairs of a row and group, and (query, group, block) triples of a case: the oracle's memory."""
 
 
 def draw_family(rng: random.Random, size: str = "gpu") -> dict[str, Any]:
-    """Values that kernels are compiled for. size: "gpu"; "cpu" for the reference; "interpreter" for tiny kernels."""
-    tiny = size == "interpreter"
-    most = 32 if tiny else 256
-    l, d, l_sel = draws.blocks(rng, most)
+    """Values that kernels are compiled for; `size` is one of SIZES."""
+    most = SIZES[size]
     types = {"fp32": 3, "bf16": 3.5, "fp16": 3.5}
-    impl = draws.weighted(rng, {"auto": 9, "reference": 1}) if size == "gpu" else "triton" if tiny else "reference"
-    if tiny:
+    impl = {"cpu": "reference", "interpreter": "triton"}.get(size) or draws.weighted(rng, {"auto": 9, "reference": 1})
+    if size == "interpreter":
         del types["bf16"]  # the interpreter's arithmetic in it is wrong
     elif impl == "reference":
         types["fp64"] = 3
+    l, d, l_sel = draws.blocks(rng, most.block)
     return {
         "impl": impl,
         "dtype": draws.weighted(rng, types),
-        "g": rng.randint(1, 3 if tiny else 8),
-        "h": draws.heads(rng, 8 if tiny else 64),
-        "d_k": draws.width(rng, most),
-        "d_v": draws.width(rng, most),
+        "g": rng.randint(1, most.groups),
+        "h": draws.heads(rng, most.heads),
+        "d_k": draws.width(rng, most.channels),
+        "d_v": draws.width(rng, most.channels),
         **{"l": l, "d": d, "l_sel": l_sel},
-        **draws.selection(rng, 6 if tiny else 32),
-        "w": draws.near(rng, (1, 8, 16, 64, 100), 1, 24 if tiny else 1024),
+        **draws.selection(rng, most.chosen),
+        "w": draws.near(rng, (1, 8, 16, 64, 100), 1, most.window),
         "negative": rng.random() < 0.2,
         "sixteens": rng.random() < 0.4,  # lengths that 16 divides are a compiler's special case
-        "layouts": rng.sample(draws.LAYOUTS, 3),
+        "layouts": rng.sample(draws.LAYOUTS, 2),
         "modes": rng.sample(("rows", "rows", "packed", "packed", "start", "both"), 2),
-        "work": WORK[size],
+        "size": size,
     }
 
 
 def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Lengths, places, contents and layouts; lengths fit `family["work"]`."""
+    """Lengths, places, contents and layouts."""
     mode = rng.choice(family["modes"])
     packed, start = mode in ("packed", "both"), mode in ("start", "both")
     b = 1 if packed else draws.weighted(rng, {1: 4, 2: 4, 3: 2})
     units = [family["l"], family["d"], family["l_sel"], family["w"], 16, 64, 128]
-    per_pair = b * family["g"] * family["h"] * (family["d_k"] + family["d_v"])
-    work = family["work"] if rng.random() < 0.1 else family["work"] // 8
-    s = draws.length(rng, units, min(3000, max(4, math.isqrt(work // per_pair))))
-    s = _multiple(s, family["sixteens"])
+    most, chosen = most_tokens(family, b, rng), family["n_sel"] * family["l_sel"]
+    s = draws.length(rng, units, most)
+    if rng.random() < 0.4:  # long enough for blocks to be left out
+        s = min(most, draws.log_uniform(rng, chosen, 6 * chosen))
+    s = draws.multiple(s, family["sixteens"])
     t = s
     if start:
         t = min(s, draws.weighted(rng, {1: 2, rng.randint(1, 8): 3, draws.length(rng, units, s): 5}))
-    cu_seqlens = draws.packing(rng, s) if packed else None
-    layouts = {name: rng.choice(["contiguous", *family["layouts"]]) for name in ("q", "k", "v", "grad_o", "gates")}
-    return {
+    case = {
         "seed": rng.randrange(2**31),
         "b": b,
         "t": t,
         "s": s,
         "q_start": [rng.choice((0, s - t, rng.randint(0, s - t))) for _ in range(b)] if start else None,
-        "cu_seqlens": cu_seqlens,
+        "cu_seqlens": draws.packing(rng, s) if packed else None,
         "scale": draws.scale(rng, family["d_k"], family["negative"]),
         "contents": {
-            "q": draws.weighted(rng, {"normal": 6, "zeros": 1, "grid": 1, "few": 1}),
+            "q": draws.weighted(rng, {"normal": 6, "zeros": 1.5, "grid": 1, "few": 1}),
             "k": draws.weighted(rng, {"normal": 6, "few": 1, "grid": 1, "constant": 1}),
             "v": draws.weighted(rng, {"normal": 6, "constant": 1, "few": 1}),
             "grad_o": draws.weighted(rng, {"normal": 6, "ones": 1, "zeros": 0.5}),
         },
         "q_size": draws.weighted(rng, {1.0: 5, 3.0: 4, 30.0: 1}),
-        "layouts": layouts,
+        "layouts": {
+            name: rng.choice(["contiguous", *family["layouts"]]) for name in ("q", "k", "v", "grad_o", "gates")
+        },
         "poison": draws.weighted(rng, {"none": 1, "nan": 3, "inf": 1, "mixed": 2}),
         "grads": draws.weighted(rng, {"o": 4, "both": 4, "lse": 1}),
         "lists": draws.weighted(rng, {"chosen": 3, "random": 1}),
         "deterministic": rng.random() < 0.3,
-        "isolate": draws.weighted(rng, {None: 2, "row": 1, "sequence": 1, "future": 1}),
-        "cuts": sorted({rng.randint(0, t) for _ in range(rng.choice((1, 2, 3)))} - {0, t}) if rng.random() < 0.4 else [],
+        "isolate": draws.weighted(rng, {None: 2, "future": 1, "sequence" if packed else "row": 2}),
+        "cuts": draws.cuts(rng, t, family["sixteens"]) if rng.random() < 0.4 else [],
         "whole": rng.random() < 0.4,
     }
+    if family["size"] == "interpreter":  # minutes are few: one of three
+        kept = rng.choice(("isolate", "cuts", "whole"))
+        case |= {name: none for name, none in (("isolate", None), ("cuts", []), ("whole", False)) if name != kept}
+    return case
 
 
-def _multiple(n: int, sixteens: bool) -> int:
-    """A length that 16 divides, or not."""
-    if sixteens:
-        return n if n < 9 else max(16, round(n / 16) * 16)
-    return n + 1 if n % 16 == 0 else n
+def most_tokens(family: dict[str, Any], b: int, rng: random.Random) -> int:
+    """Keys that a case may have: most cases are an eighth of the largest in work."""
+    pairs = SIZES[family["size"]].pairs // (1 if rng.random() < 0.1 else 8)
+    squares = (
+        pairs // (b * family["g"] * family["h"]),
+        PAIRS_OF_GROUP // family["h"],
+        PAIRS_OF_GROUP * family["l_sel"] // (b * family["g"] * 4),
+    )
+    return min(3000, max(4, math.isqrt(min(squares))))
 
 
 @dataclass
@@ -274,7 +303,7 @@ def check_branch(world: World, branch: Branch) -> list[Tensor]:
     world.expect(all(map(torch.equal, before, after)), f"{name}: an input was written to")
 
     bounds = bound_attention(*branch.tensors, branch.visible, world.scale, *grads, world.dtype)
-    for what, x in zip("o lse q k v".split(), [*outputs, *found], strict=True):
+    for what, x in zip(("o", "lse", "q", "k", "v"), [*outputs, *found], strict=True):
         world.failures += judge(f"{name} {what if what in ('o', 'lse') else 'd' + what}", x, bounds[what])
     check_isolation(world, branch, grads, outputs, found, bounds)
     check_chunks(world, branch, given, bounds)
@@ -295,7 +324,7 @@ def check_isolation(world, branch, grads, outputs, found, bounds) -> None:
         dq, dk, dv = torch.autograd.grad([x for x, _ in pairs], leaves, [y for _, y in pairs])
     what = f"{branch.name}: {world.case['isolate']} spoilt by {kind},"
     for name, x, y in zip(("o", "lse", "dq"), (*outputs, found[0]), (*spoilt, dq), strict=True):
-        world.expect(draws.same_bits(x[others], y.detach()[others]), f"{what} other {name} changed")
+        world.expect(draws.same_numbers(x[others], y.detach()[others]), f"{what} other {name} changed")
     if world.case["isolate"] != "future":
         for name, x in (("k", dk), ("v", dv)):
             world.failures += judge(f"{what} other d{name}", x, bounds[name], ~hidden)
@@ -309,9 +338,7 @@ def chunks(world: World) -> list[tuple[slice, dict[str, Tensor]]]:
     """Ranges of queries and where they stand."""
     start = world.where.get("q_start", torch.zeros(world.b, dtype=torch.int32, device=world.device))
     ends = [0, *world.case["cuts"], world.t] if world.case["cuts"] else []
-    return [
-        (slice(a, z), {**world.where, "q_start": start + a}) for a, z in zip(ends, ends[1:], strict=False)
-    ]
+    return [(slice(a, z), {**world.where, "q_start": start + a}) for a, z in pairwise(ends)]
 
 
 def check_chunks(world: World, branch: Branch, given: list[Tensor], bounds: dict[str, Bound]) -> None:
@@ -329,7 +356,7 @@ def check_means(world: World, name: str, x: Tensor) -> Tensor:
     f, cu_seqlens = world.family, world.cu_seqlens
     covered = torch.zeros(world.b, world.s, dtype=torch.bool, device=world.device)
     ends = cu_seqlens.tolist() if cu_seqlens is not None else [0, world.s]
-    for first, end in zip(ends, ends[1:], strict=False):
+    for first, end in pairwise(ends):
         count = 0 if end - first < f["l"] else (end - first - f["l"]) // f["d"] + 1
         covered[:, first : first + ((count - 1) * f["d"] + f["l"] if count else 0)] = True
     given = world.spoil(name[0], x, ~covered)
@@ -367,6 +394,7 @@ def check_blocks(world: World, branch: Branch, given: list[Tensor]) -> Tensor:
         l_sel=world.choice["l_sel"],
     )  # fmt: skip
     wrong = block_checks.judge(lists, scores, world.places.position, **world.choice)
+    in_order = not wrong
     world.failures += [f"blocks: {x}" for x in wrong]
     victims = world.victims
     if victims is not None:
@@ -378,9 +406,7 @@ def check_blocks(world: World, branch: Branch, given: list[Tensor]) -> Tensor:
         got = choose(q, k_cmp, v_cmp, part, where)
         wrong = block_checks.judge(got, scores.part(part), world.places.position[:, part], **world.choice)
         world.failures += [f"blocks of queries {part.start}:{part.stop}: {x}" for x in wrong]
-    exact = oracle.choose(scores.exact, world.places.position, **world.choice).int()
-    in_order = not wrong and lists.shape == exact.shape
-    return lists if in_order else exact
+    return lists if in_order else oracle.choose(scores.exact, world.places.position, **world.choice).int()
 
 
 def random_lists(world: World) -> Tensor:
@@ -507,7 +533,7 @@ def check_whole_isolation(world, branches, gates, grad_o, call, o, found, bounds
         grads = torch.autograd.grad(spoilt, leaves, grad_o)
     what, others = f"whole: {world.case['isolate']} spoilt,", ~victims
     for name, x, y in (("o", o, spoilt.detach()), ("dq", found[0], grads[0]), ("dgates", found[-1], grads[-1])):
-        world.expect(draws.same_bits(x[others], y[others]), f"{what} other {name} changed")
+        world.expect(draws.same_numbers(x[others], y[others]), f"{what} other {name} changed")
     if world.case["isolate"] != "future":
         names = ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win")
         for name, x, y in zip(names, grads[1:7], hidden, strict=True):
