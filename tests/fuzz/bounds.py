@@ -34,7 +34,7 @@ class Bound(NamedTuple):
 
 
 class Epsilons(NamedTuple):
-    """Spacing at 1 of the inputs' type and of the type that is computed in; spacing of the inputs' type at 0."""
+    """Spacing at 1 of the inputs' type and of the type that is computed in; what either may lose at 0."""
 
     own: float
     compute: float
@@ -46,8 +46,9 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def epsilons(dtype: torch.dtype) -> Epsilons:
-    info = torch.finfo(dtype)
-    return Epsilons(info.eps, torch.finfo(compute_type(dtype)).eps, info.smallest_normal * info.eps)
+    own, compute = torch.finfo(dtype), torch.finfo(compute_type(dtype))
+    # a GPU's exp2 gives 0 for what is not a normal number
+    return Epsilons(own.eps, compute.eps, max(own.smallest_normal * own.eps, 4 * compute.smallest_normal))
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -60,27 +60,32 @@ def draw_family(rng: random.Random, size: str = "gpu") -> dict[str, Any]:
     elif impl == "reference":
         types["fp64"] = 3
     l, d, l_sel = draws.blocks(rng, most.block)
-    return {
+    dtype = draws.weighted(rng, types)
+    # wide kernels in fp32 take a compiler most of a minute each
+    channels = min(most.channels, 64) if dtype == "fp32" and rng.random() < 0.8 else most.channels
+    family = {
         "impl": impl,
-        "dtype": draws.weighted(rng, types),
+        "dtype": dtype,
         "g": rng.randint(1, most.groups),
         "h": draws.heads(rng, most.heads),
-        "d_k": draws.width(rng, most.channels),
-        "d_v": draws.width(rng, most.channels),
+        "d_k": draws.width(rng, channels),
+        "d_v": draws.width(rng, channels),
         **{"l": l, "d": d, "l_sel": l_sel},
         **draws.selection(rng, most.chosen),
         "w": draws.near(rng, (1, 8, 16, 64, 100), 1, most.window),
         "negative": rng.random() < 0.2,
-        "sixteens": rng.random() < 0.4,  # lengths that 16 divides are a compiler's special case
-        "layouts": rng.sample(draws.LAYOUTS, 2),
-        "modes": rng.sample(("rows", "rows", "packed", "packed", "start", "both"), 2),
+        "layouts": [
+            {name: rng.choice(["contiguous", *few]) for name in ("q", "k", "v", "grad_o", "gates")}
+            for few in (rng.sample(draws.LAYOUTS, 2), rng.sample(draws.LAYOUTS, 2))
+        ],
         "size": size,
     }
+    return family | {"places": [draw_place(family, rng) for _ in range(3)]}
 
 
-def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Lengths, places, contents and layouts."""
-    mode = rng.choice(family["modes"])
+def draw_place(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Sizes that count for compilers too, 1 and multiples of 16 being special cases: mode, b, t, s, cuts into chunks."""
+    mode, sixteens = rng.choice(("rows", "packed", "start", "both")), rng.random() < 0.4
     packed, start = mode in ("packed", "both"), mode in ("start", "both")
     b = 1 if packed else draws.weighted(rng, {1: 4, 2: 4, 3: 2})
     units = [family["l"], family["d"], family["l_sel"], family["w"], 16, 64, 128]
@@ -88,10 +93,17 @@ def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     s = draws.length(rng, units, most)
     if rng.random() < 0.4:  # long enough for blocks to be left out
         s = min(most, draws.log_uniform(rng, chosen, 6 * chosen))
-    s = draws.multiple(s, family["sixteens"])
-    t = s
+    t = s = draws.multiple(s, sixteens)
     if start:
         t = min(s, draws.weighted(rng, {1: 2, rng.randint(1, 8): 3, draws.length(rng, units, s): 5}))
+    return {"mode": mode, "b": b, "t": t, "s": s, "cuts": draws.cuts(rng, t, sixteens)}
+
+
+def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """One of the family's places, where its rows and sequences begin, contents and layouts."""
+    place = rng.choice(family["places"])
+    (b, t, s), mode = (place[x] for x in "bts"), place["mode"]
+    packed, start = mode in ("packed", "both"), mode in ("start", "both")
     case = {
         "seed": rng.randrange(2**31),
         "b": b,
@@ -107,15 +119,13 @@ def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
             "grad_o": draws.weighted(rng, {"normal": 6, "ones": 1, "zeros": 0.5}),
         },
         "q_size": draws.weighted(rng, {1.0: 5, 3.0: 4, 30.0: 1}),
-        "layouts": {
-            name: rng.choice(["contiguous", *family["layouts"]]) for name in ("q", "k", "v", "grad_o", "gates")
-        },
+        "layouts": rng.choice(family["layouts"]),
         "poison": draws.weighted(rng, {"none": 1, "nan": 3, "inf": 1, "mixed": 2}),
         "grads": draws.weighted(rng, {"o": 4, "both": 4, "lse": 1}),
         "lists": draws.weighted(rng, {"chosen": 3, "random": 1}),
         "deterministic": rng.random() < 0.3,
         "isolate": draws.weighted(rng, {None: 2, "future": 1, "sequence" if packed else "row": 2}),
-        "cuts": draws.cuts(rng, t, family["sixteens"]) if rng.random() < 0.4 else [],
+        "cuts": place["cuts"] if rng.random() < 0.4 else [],
         "whole": rng.random() < 0.4,
     }
     if family["size"] == "interpreter":  # minutes are few: one of three
