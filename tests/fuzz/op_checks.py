@@ -84,7 +84,7 @@ def draw_family(rng: random.Random, size: str = "gpu") -> dict[str, Any]:
 
 
 def draw_place(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Sizes that count for compilers too, 1 and multiples of 16 being special cases: mode, b, t, s, cuts into chunks."""
+    """Sizes that count for compilers too, 1 and multiples of 16 being special: mode, b, t, s, cuts into chunks."""
     mode, sixteens = rng.choice(("rows", "packed", "start", "both")), rng.random() < 0.4
     packed, start = mode in ("packed", "both"), mode in ("start", "both")
     b = 1 if packed else draws.weighted(rng, {1: 4, 2: 4, 3: 2})
