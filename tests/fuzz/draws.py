@@ -12,7 +12,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDTHS = (16, 32, 48, 64, 80, 96, 128, 192, 256)
+WIDTHS = (8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256)
 BLOCKS = (
     (32, 16, 64), (16, 8, 32), (16, 8, 48), (64, 4, 64), (32, 16, 96), (16, 4, 148), (32, 32, 160), (16, 16, 128),
     (8, 8, 24), (4, 2, 6), (1, 1, 1), (2, 1, 3), (64, 16, 64), (12, 4, 20), (30, 10, 50), (32, 8, 160), (8, 4, 96),
@@ -76,9 +76,9 @@ def width(rng: random.Random, most: int = 256) -> int:
 
 
 def heads(rng: random.Random, most: int = 64) -> int:
-    """Query heads of a group: powers of two or any number."""
+    """Query heads of a group: what models have, or any number."""
     if rng.random() < 0.55:
-        return rng.choice([x for x in (1, 2, 4, 8, 16, 32, 64) if x <= most])
+        return rng.choice([x for x in (1, 2, 4, 8, 16, 24, 32, 64) if x <= most])
     return log_uniform(rng, 1, most)
 
 
@@ -141,9 +141,9 @@ def fill(size: Sequence[int], content: str, gen: torch.Generator) -> Tensor:
     return x
 
 
-LAYOUTS = ("contiguous", "heads_first", "channel_slice", "surrounded", "channels_first", "offset", "every_other",
-           "fused", "one_group", "one_row")  # fmt: skip
-"""How a tensor lies in memory; the last two are expanded along an axis, so that their numbers repeat along it."""
+LAYOUTS = {"contiguous": 5, "heads_first": 2, "channel_slice": 2, "surrounded": 2, "channels_first": 1, "offset": 1,
+           "every_other": 1, "fused": 2, "one_group": 0.5, "one_row": 0.5}  # fmt: skip
+"""How a tensor lies in memory, and how often; the last two are expanded along an axis: their numbers repeat."""
 
 
 def repeats(x: Tensor, layout: str) -> Tensor:

@@ -28,7 +28,7 @@ from cases import Shape, draw, draw_inputs, int32
 import nsa_compile
 from nsa_compile.ops import selection
 
-pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")]
+pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 DEVICE = fuzz.pick_device(None)
 SEEDS = {"fixed": "17", "day": datetime.now(UTC).strftime("%Y-%m-%d")}
