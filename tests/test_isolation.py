@@ -99,10 +99,10 @@ class Setup(NamedTuple):
 
 
 SMALL_LAYOUTS = {
-    "packed": Layout(1, 90, 90, cu_seqlens=(0, 5, 5, 37, 83)),
-    "rows": Layout(2, 43, 43),
+    "packed": Layout(1, 65, 65, cu_seqlens=(0, 5, 5, 20, 59)),
     "buffer": Layout(2, 21, 60, q_start=(30, 7)),
-    "packed-buffer": Layout(1, 50, 90, q_start=(35,), cu_seqlens=(0, 5, 5, 37, 83)),
+    "rows": Layout(2, 43, 43),
+    "packed-buffer": Layout(1, 50, 65, q_start=(15,), cu_seqlens=(0, 5, 5, 20, 59)),
 }
 LAYOUTS = {
     "packed": Layout(1, 400, 400, cu_seqlens=(0, 37, 37, 170, 331, 390)),
@@ -111,7 +111,6 @@ LAYOUTS = {
     "packed-buffer": Layout(1, 190, 400, q_start=(130,), cu_seqlens=(0, 37, 37, 170, 331, 390)),
 }
 SMALL = Shape(4, 2, 16, 3, 11, local_blocks=1, g=1, h=2, d_k=8, d_v=12)
-WIDE = Shape(4, 2, 16, 3, 11, local_blocks=1, g=1, h=3, d_k=72, d_v=136)
 
 
 def paper(h: int, d_k: int, d_v: int) -> Shape:
@@ -121,8 +120,7 @@ def paper(h: int, d_k: int, d_v: int) -> Shape:
 
 SETUPS = {
     "reference": Setup("reference", torch.float64, SMALL, SMALL_LAYOUTS),
-    "kernels": Setup("triton", torch.float32, SMALL, SMALL_LAYOUTS),
-    "wide-kernels": Setup("triton", torch.float32, WIDE, {"packed": SMALL_LAYOUTS["packed"]}),
+    "kernels": Setup("triton", torch.float32, SMALL, {x: SMALL_LAYOUTS[x] for x in ("packed", "buffer")}),
 }
 GPU_SETUPS = {
     f"{h}x{d_k}x{d_v}-{str(dtype)[6:]}": Setup("triton", dtype, paper(h, d_k, d_v), LAYOUTS)
@@ -260,15 +258,17 @@ def assert_same(got: Tensor, expected: Tensor, what: str, exact: bool) -> None:
     torch.testing.assert_close(got, expected, **tolerance, msg=lambda m: f"{what}: {m}")
 
 
-def poisons_of(branch: Branch, layout: Layout) -> Iterator[Poison]:
-    """Poison in every argument: all of one sequence, or one number in the middle of another."""
+def poisons_of(branch: Branch, layout: Layout, interpreted: bool) -> Iterator[Poison]:
+    """Poison in every argument: all of one sequence, or one number in the middle of it; fewer if `interpreted`."""
     names = (*branch.inputs, *(f"grad_{name}" for name in branch.outputs))
     last = len(layout.cu_seqlens) - 2 if layout.cu_seqlens else layout.b - 1
-    for name in names:
-        yield Poison(name, NAN, 0, whole=True)
-        yield Poison(name, INF, last, whole=True)
-        yield Poison(name, NAN, last, whole=False)
-        yield Poison(name, -INF, max(0, last - 1), whole=False)
+    for i, name in enumerate(names):
+        yield Poison(name, NAN, max(0, last - 1), whole=True)
+        if not interpreted or i % 2:
+            yield Poison(name, INF, last, whole=False)
+        if not interpreted:
+            yield Poison(name, -INF, 0, whole=True)
+            yield Poison(name, NAN, last, whole=False)
 
 
 @pytest.mark.parametrize("setup, layout", CASES)
@@ -276,12 +276,15 @@ def poisons_of(branch: Branch, layout: Layout) -> Iterator[Poison]:
 def test_poison_stays_where_it_may_be(branch, setup, layout, launches):
     if branch is BRANCHES["compress_mean"] and layout.q_start:
         pytest.skip("compress_mean takes no q_start")
+    interpreted = setup.impl == "triton" and DEVICE == "cpu"
+    if branch is BRANCHES["selected_mixture"] and interpreted and layout.cu_seqlens:
+        pytest.skip("its kernels are those of selected_attention and gated_sum")
     arguments, blocks = draw_arguments(branch, setup, layout), draw_blocks(setup, layout)
     clean = run(branch, setup, layout, blocks, arguments)
     assert all(x.isfinite().all() for name, x in clean.items() if name != "lse")
     reference = setup._replace(impl="reference", dtype=torch.float64)
-    tested = 0
-    for poison in poisons_of(branch, layout):
+    felt = set()
+    for poison in poisons_of(branch, layout, interpreted):
         changed = poisoned(branch, setup, layout, arguments, poison)
         if changed is None:
             continue
@@ -296,10 +299,9 @@ def test_poison_stays_where_it_may_be(branch, setup, layout, launches):
             assert_same(x[kept], clean[name][kept], f"{name} with {poison}", DEVICE == "cuda")
             if poison.value != poison.value:  # and nothing that must be NaN looks sound
                 assert x[expected[name].isnan()].isnan().all(), f"{name} with {poison}: finite"
-        if poison.value != poison.value and (poison.whole or poison.name != "grad_lse"):
-            assert any(x.isnan().any() for x in got.values()), f"{poison} has no effect"
-        tested += 1
-    assert tested > len(branch.inputs)
+        if any(x.isnan().any() for x in got.values()):
+            felt.add(poison.name)
+    assert felt == arguments.keys(), "an argument whose NaN has no effect"
     assert (launches.of(*branch.files) > 0) == (setup.impl == "triton")
 
 
