@@ -81,14 +81,18 @@ def attend_backward(
     """Gradients (dq, dk, dv) of `attend`, where `delta = sum_d(grad_o * o) - grad_lse` [b, t, g, h].
 
     With P the probabilities: dV = Pᵀ dO, dS = P * (dO Vᵀ - delta), dQ = scale * dS K, dK = scale * dSᵀ Q.
+    NaN and infinity in a query or its gradients reach the keys it sees, those in keys and values the queries that see
+    them: pairs that are hidden add 0, not 0 * NaN.
     """
     kv = key_axes(k)
-    p = probabilities(masked_scores(q, k, visible, scale), lse)
-    grad_v = einsum(p, grad_o, f"b t g h s, b t g h d -> {kv} d")
+    hidden = ~visible.unsqueeze(3)
+    p = probabilities(masked_scores(q, k, visible, scale), lse).masked_fill(hidden, 0.0)
     grad_p = einsum(grad_o, finite(v), f"b t g h d, {kv} d -> b t g h s")
-    grad_s = p * (grad_p - delta.unsqueeze(-1)) * scale
+    grad_s = (p * (grad_p - delta.unsqueeze(-1)) * scale).masked_fill(hidden, 0.0)
     grad_q = einsum(grad_s, finite(k), f"b t g h s, {kv} d -> b t g h d")
-    grad_k = einsum(grad_s, q, f"b t g h s, b t g h d -> {kv} d")
+    grad_k = einsum(grad_s, finite(q), f"b t g h s, b t g h d -> {kv} d")
+    broken = ~grad_o.isfinite().all(-1, keepdim=True)
+    grad_v = einsum(p.masked_fill(broken & ~hidden, float("nan")), finite(grad_o), f"b t g h s, b t g h d -> {kv} d")
     return grad_q, grad_k, grad_v
 
 

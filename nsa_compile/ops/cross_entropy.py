@@ -21,6 +21,7 @@ def linear_cross_entropy(
 
     x [n, dim], weight [vocab, dim], target int64 [n] → a scalar in at least fp32; with `keep` also the gradients of x
     and weight, in their types. Works through `chunk` tokens at a time; sums the weight's gradient in at least fp32.
+    What tokens without a target hold, be it NaN, is not read into a result.
     """
     dtype = compute_dtype(x)
     total = x.new_zeros((), dtype=dtype)
@@ -30,12 +31,13 @@ def linear_cross_entropy(
         part = slice(start, start + chunk)
         counted = target[part] >= 0
         index = target[part].clamp_min(0).unsqueeze(-1)
-        log_p = torch.log_softmax((x[part] @ weight.mT).to(dtype), dim=-1)
+        rows = x[part].masked_fill(~counted.unsqueeze(-1), 0.0)
+        log_p = torch.log_softmax((rows @ weight.mT).to(dtype), dim=-1)
         own = log_p.gather(-1, index)
         total -= torch.where(counted, own.squeeze(-1), 0.0).sum()
         if grad_x is not None and grad_weight is not None:
             grad = log_p.exp_().scatter_(-1, index, own.exp() - 1)
             grad = grad.masked_fill_(~counted.unsqueeze(-1), 0.0).to(x.dtype)
             torch.mm(grad, weight, out=grad_x[part])
-            grad_weight += grad.mT @ x[part]
+            grad_weight += grad.mT @ rows
     return total, grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)

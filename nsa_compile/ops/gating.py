@@ -50,6 +50,7 @@ def gate_statistics(gates: Tensor, valid: Tensor | None = None, *, threshold: fl
     weight = (
         gates.new_ones(gates.shape[:3]) if valid is None else valid[..., None].expand(gates.shape[:3]).to(gates.dtype)
     )
+    gates = gates.masked_fill(weight.unsqueeze(-1) == 0, 0.0)  # what padding holds, be it NaN
     total = weight.sum().clamp_min(1)
 
     def mean(x: Tensor) -> Tensor:

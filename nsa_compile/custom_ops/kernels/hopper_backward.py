@@ -226,6 +226,26 @@ def _row_slots(
 
 
 @gluon.jit
+def _clear_broken_rows(
+    q_shared, go_shared, starts, columns: gl.constexpr, q_rows: gl.constexpr, go_rows: gl.constexpr
+):
+    """Write 0 to the rows of the tiles q and dO in shared memory whose start [64] is NaN or infinite, if any is."""
+    start = starts.load(columns)
+    if gl.max(gl.where((start - start) == 0.0, 0, 1), 0) > 0:
+        for part in gl.static_range(8):
+            _clear_piece(q_shared.slice(part * 8, 8), starts.slice(part * 8, 8), q_rows)
+            _clear_piece(go_shared.slice(part * 8, 8), starts.slice(part * 8, 8), go_rows)
+        fence_async_shared()
+
+
+@gluon.jit
+def _clear_piece(tile, starts, layout: gl.constexpr):
+    start = gl.expand_dims(starts.load(gl.SliceLayout(1, layout)), 1)
+    value = tile.load(layout)
+    tile.store(gl.where((start - start) == 0.0, value, gl.zeros_like(value)))
+
+
+@gluon.jit
 def sum_keys_kernel(
     q_tiles, k_tiles, v_tiles, go_tiles, key_start, key_end, query_start, query_end, tokens, ends, item_ends, buckets,
     lse2, delta, grad_k, grad_v, scale, t, s, n, n_groups, n_buckets, split_stride,
@@ -235,6 +255,7 @@ def sum_keys_kernel(
     """dK and dV of 64 keys from the rows that see them or, if ITEM, from one item of the tokens that chose their block.
 
     The scores start from -LSE and dP from -delta, so that the tile products give what the softmax gradient takes.
+    Rows with NaN or infinity are kept from the keys that they do not see, but for later keys of a listed block.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = 64
@@ -243,6 +264,8 @@ def sum_keys_kernel(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
     v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    q_rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DK, DK // 8], [4, 1], [1, 0])
+    go_rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_tiles.dtype
@@ -323,6 +346,10 @@ def sum_keys_kernel(
         row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
         mbarrier.wait(ready.index(i & 1), (i >> 1) & 1)
         q_shared, go_shared = q_buffers.index(i & 1).reshape([BM, DK]), go_buffers.index(i & 1).reshape([BM, DV])
+        masked = (row < gl.maximum(full_begin, begin)) | (row + BM > full_end)
+        if not LISTED:
+            if masked:  # rows whose LSE is no number, those of no key included: 0 * what they hold must be 0
+                _clear_broken_rows(q_shared, go_shared, lse_buffer, columns, q_rows, go_rows)
         scores = warpgroup_mma(k_shared, q_shared.permute((1, 0)), s_start, is_async=True)
         dp = warpgroup_mma(v_shared, go_shared.permute((1, 0)), dp_start, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
@@ -338,8 +365,6 @@ def sum_keys_kernel(
                 if i * TOKENS + j < count:
                     earliest = gl.minimum(earliest, gl.load(tokens + i * TOKENS + j))
             masked = earliest + shift < first_key + BN - 1
-        else:
-            masked = (row < gl.maximum(full_begin, begin)) | (row + BM > full_end)
         if masked:
             here, _, alive = _row_slots(tokens, count, i, row, begin, finish, columns, H, TOKENS, LISTED)
             if LISTED:

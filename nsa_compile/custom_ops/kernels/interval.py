@@ -175,23 +175,23 @@ def _interval_dkv_range(
         row = start_row + tl.arange(0, BM)
         token, head = row // H, g * H + row % H
         live = row < last
-        if not WHOLE:
+        slot = token.to(tl.int64) * n + head
+        lse2_row = tl.load(lse2 + slot, mask=live, other=float("inf"))
+        if not WHOLE:  # rows that hold NaN or infinity become 0: they may not meet keys that they do not see
             start = tl.load(key_start + token, mask=live, other=0)
             end = tl.load(key_end + token, mask=live, other=0)
-            live = live & (start < end)
+            live = live & (start < end) & (lse2_row < float("inf"))
         if BOX:
             q_tile = load_queries(q_tiles, b, start_row // H, g * H + start_row % H, BM, DK)
             go_tile = load_queries(go_tiles, b, start_row // H, g * H + start_row % H, BM, DV)
         else:
             q_tile = gather_rows(q, token, head * q_n, live, q_t, D_K, DK)
             go_tile = gather_rows(grad_o, token, head * o_n, live, o_t, D_V, DV)
-        slot = token.to(tl.int64) * n + head
-        lse2_row = tl.load(lse2 + slot, mask=live, other=float("inf"))
         delta_row = tl.load(delta + slot, mask=live, other=0.0)
         scores, dp = dot(k, tl.trans(q_tile)), dot(v, tl.trans(go_tile))
         p, ds = score_gradient(scores, lse2_row[None, :], dp, delta_row[None, :], scale2)
         if not WHOLE:
-            seen = (key >= start[None, :]) & (key < end[None, :]) & live[None, :]
+            seen = (key >= start[None, :]) & (key < end[None, :])
             p, ds = tl.where(seen, p, 0.0), tl.where(seen, ds, 0.0)
         dv += dot(p.to(go_tile.dtype), go_tile)
         dk += dot(ds.to(q_tile.dtype), q_tile)

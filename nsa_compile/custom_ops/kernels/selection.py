@@ -38,7 +38,8 @@ class Unions(NamedTuple):
     """Blocks that tiles of neighbouring tokens chose, each once.
 
     entries: int32 [b, g, tiles, tokens * n_sel, 2], (first key, bits of the tokens that chose the block). The first
-        counts[..., 0] blocks lie before all tokens; the last counts[..., 1], stored from the end, need a mask.
+        counts[..., 0] blocks lie before all tokens, which are of one sequence; the last counts[..., 1], stored from the
+        end, need a mask.
     """
 
     entries: Tensor
@@ -61,6 +62,7 @@ def _union_kernel(
     far: tl.constexpr = 2147483647
     earliest = tl.min(tl.where(live & (pos >= 0), start + pos, far), 1)
     alike = tl.max(tl.where(live & (pos >= 0), start, 0), 1) == tl.min(tl.where(live & (pos >= 0), start, far), 1)
+    alike = alike & (tl.min(tl.where(live, pos, 0), 1) >= 0)  # a token of no sequence must get 0 beside NaN, too
     lists = block_indices + b * i_b + token.to(tl.int64) * i_t + g * i_g
     out = ((b * tl.num_programs(1) + g) * tiles + tile) * (TOKENS * N)
     cursor = tl.zeros([LANES, PAD], tl.int32)

@@ -167,10 +167,15 @@ def score_gradient(scores, lse2, dp, delta, scale2):
 
 @triton.jit
 def row_delta(out, grad, lse):
-    """`sum_d dO * O` and the LSE in base 2 of rows, both fp32; 0 and +inf where the LSE is -inf."""
+    """`sum_d dO * O` and the LSE in base 2 of rows, both fp32; 0 and +inf where the LSE is -inf.
+
+    The LSE of a row is finite only if its query and dO are, else NaN: in a tile that other rows or keys do not share
+    with it, kernels may then leave these out, and p is NaN where the row sees a key.
+    """
     seen = lse > float("-inf")
     delta = tl.sum(tl.where(seen[:, None], out * grad, 0.0), 1)
-    return delta, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    sound = is_finite(lse) & (tl.sum(grad * 0.0, 1) == 0.0)
+    return delta, tl.where(lse == float("-inf"), float("inf"), tl.where(sound, lse * LOG2E, float("nan")))
 
 
 @triton.jit
@@ -178,7 +183,7 @@ def _delta_kernel(
     o, grad_o, lse, grad_lse, delta, lse2, rows, n, o_t, g_b, g_t, g_n, l_b, l_t, l_n, t,
     WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum_d(dO * O) - dLSE and LSE in base 2 (+inf where the query sees nothing), per (b, t, head)."""
+    """delta = sum_d(dO * O) - dLSE and LSE in base 2, as `row_delta` gives it, per (b, t, head)."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = r < rows
     head, token = r % n, r // n
@@ -196,7 +201,7 @@ def _delta_kernel(
 
 
 def softmax_delta(o: Tensor, grad_o: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`delta = sum_d(dO * O) - dLSE` and the LSE in base 2 (+inf for -inf), fp32 [b, t, n]."""
+    """`delta = sum_d(dO * O) - dLSE` and the LSE in base 2 (`row_delta`), fp32 [b, t, n]."""
     b, t, n, d_v = o.shape
     o, lse = o.contiguous(), lse.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
