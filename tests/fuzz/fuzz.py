@@ -370,7 +370,8 @@ def versions() -> dict[str, str]:
     import nsa_compile
 
     found = {"nsa_compile": nsa_compile.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    source = Path(nsa_compile.__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True)
     if commit.returncode == 0:
         found["commit"] = commit.stdout.strip()
     if importlib.util.find_spec("triton"):
