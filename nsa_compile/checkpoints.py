@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nsa_compile.data.sources import naming
+from nsa_compile.launch import SaidElsewhere
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.storage import distributed_checkpoint, flush
 
@@ -149,11 +150,14 @@ def load_state(
     """
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
+    from nsa_compile.sharded import load_sharded
+
     state = state_of(model, optimizer)
     try:
-        with distributed_checkpoint() as dcp:
-            dcp.load(state, checkpoint_id=checkpoint, process_group=group, no_dist=group is None)
-    except Exception as error:  # torch raises CheckpointException, a BaseException, around any kind of error
+        load_sharded(state, checkpoint, group)
+    except SaidElsewhere:
+        raise
+    except Exception as error:
         raise ValueError(f"resume: expected a checkpoint that can be read, got {checkpoint}: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 

@@ -1,11 +1,15 @@
 """Files that must be whole: torch.distributed.checkpoint with plain errors, and names that are on disk."""
 
 import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+METADATA_FILE = ".metadata"
+"""In a checkpoint of torch.distributed.checkpoint: what its shards hold, and where."""
 
 
 @contextmanager
@@ -19,9 +23,19 @@ def distributed_checkpoint() -> Iterator[Any]:
             yield dcp
         except dcp.api.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            if isinstance(cause, OSError):
+            if isinstance(cause, (OSError, ValueError)):
                 raise cause from error
-            raise RuntimeError(f"{cause} (rank {rank})") from error
+            text = str(cause) or type(cause).__name__
+            raise RuntimeError(f"{text.splitlines()[0]} (rank {rank})") from error
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What torch found in a file, in one line of the page that it says about it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, pickle.UnpicklingError):
+        refused = next((line for line in lines if "unsupported" in line.lower()), lines[0])
+        return f"something that could run code and was not loaded: {refused}"
+    return lines[0]
 
 
 def flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from nsa_compile.storage import why_not_loaded
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NOT_COPIED = ("config.json", "generation_config.json")
@@ -189,6 +192,8 @@ def load_complete(folder: str | Path, **options: Any) -> Any:
         model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except SafetensorError as error:
         raise ValueError(f"folder: expected whole files of weights, got {find_broken(folder)}: {error}") from error
+    except (pickle.UnpicklingError, EOFError) as error:  # of weights that are no safetensors
+        raise ValueError(f"folder: expected files of weights in {folder}, got {why_not_loaded(error)}") from error
     for kind, names in report.items():
         if names:
             shown = ", ".join(sorted(map(str, names))[:3])

@@ -104,7 +104,6 @@ def run_profile(
     """
     if (out / SUMMARY_FILE).exists():
         raise ValueError(f"out: expected a folder without a profile, got {out}")
-    out.mkdir(parents=True, exist_ok=True)
     cuda = device.type == "cuda"
     if cuda and config.memory:
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
@@ -112,6 +111,7 @@ def run_profile(
         torch.manual_seed(config.seed)
         with device:
             built = model()
+        out.mkdir(parents=True, exist_ok=True)
         built.to(device=device, dtype=DTYPES[config.dtype])
         work = _Work(built, config, device)
         with nullcontext() if config.compile else module_ranges(built):
