@@ -27,7 +27,7 @@ from nsa_compile.terminal import (
     say_model,
     train_with_progress,
 )
-from nsa_compile.train import DATA_FOLDER, TrainConfig, checkpoint_to_resume
+from nsa_compile.train import DATA_FOLDER, TrainConfig, checkpoint_to_resume, run_lock
 
 DECODE_FILE = "decode.jsonl"
 DEMO_MODEL = NSAConfig(
@@ -41,9 +41,14 @@ DECODE_TOLERANCE = 1e-9
 
 
 def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None:
-    """The parts of `demo`, one after the other."""
-    console = Console(markup=False, highlight=False)
-    checkpoint_to_resume(out, False)
+    """The parts of `demo`, one after the other, in a folder that no other run has."""
+    with run_lock(out):
+        checkpoint_to_resume(out, False)
+        run_parts(Console(markup=False, highlight=False), text, out, steps, compile)
+
+
+def run_parts(console: Console, text: Sequence[Path], out: Path, steps: int, compile: bool) -> None:
+    """The parts of `demo` in a folder that is locked."""
     corpus = build_with_progress(console, text, out / DATA_FOLDER)
     if corpus.validation.n_tokens < DEMO_HELD_OUT:
         raise ValueError(
@@ -61,7 +66,7 @@ def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None
         eval_every=steps, eval_batches=8, save_every=steps, packed=False,
     )  # fmt: skip
     say_model(console, model, config)
-    result = train_with_progress(console, model, corpus, config, out, resume=False)
+    result = train_with_progress(console, model, corpus, config, out, resume=False, lock=False)
     if result.interrupted:
         return
     model.eval()

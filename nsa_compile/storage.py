@@ -1,10 +1,13 @@
-"""Files that must be whole: torch.distributed.checkpoint with plain errors, and names that are on disk."""
+"""Files that must be whole: torch.distributed.checkpoint with plain errors, names that are on disk, locks."""
 
+import errno
+import fcntl
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +48,51 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Keep others from a block with the same lock file, until it ends or the process does, by whatever death.
+
+    The operating system holds the lock, for this process alone; the file says who has it, and goes with the block, as
+    do folders made for it that are empty then. Where a file system has no locks (some of networks) a warning says so.
+
+    Raises: ValueError for a lock that is taken: `refusal`, and by whom; OSError where the file cannot be made.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = _take(path, refusal)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before it is free: whoever waits with this file open sees that it is gone
+            os.close(descriptor)
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def _take(path: Path, refusal: str) -> int:
+    """The lock file, open and locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ValueError(f"{refusal}, which {holder} does") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            warnings.warn(f"{path}: this file system has no locks ({error.strerror}); let no other process write to "
+                          "the same folder", stacklevel=4)  # fmt: skip
+            return descriptor
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            return descriptor
+        os.close(descriptor)  # its holder has just removed it

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +33,7 @@ from nsa_compile.options import (
 )
 from nsa_compile.parallel import make_mesh
 from nsa_compile.terminal import build_with_progress, can_compile, say_corpus, say_model, train_with_progress
-from nsa_compile.train import DATA_FOLDER, DTYPES, TrainConfig, check_mesh, checkpoint_to_resume
+from nsa_compile.train import DATA_FOLDER, DTYPES, TrainConfig, check_mesh, checkpoint_to_resume, run_lock
 
 TERMINATED = 143
 """Exit code of a run that SIGTERM ended, after its checkpoint is written."""
@@ -170,13 +170,16 @@ def train_command(
             field=field, workers=workers,
         )  # fmt: skip
 
-    with process_group(target, config.timeout) as world:
+    with ExitStack() as stack:
+        world = stack.enter_context(process_group(target, config.timeout))
         how: bool | Literal["auto"] = "auto" if auto_resume else resume
 
         def begin() -> DeviceMesh | None:
             mesh = make_mesh(dp=dp, cp=cp, tp=tp, device=target.type) if launched() else None
             check_mesh(config, model_config, None if mesh is None else tuple(mesh.shape))
             checkpoint_to_resume(out, how)
+            if world.first:
+                stack.enter_context(run_lock(out))  # before text is written there
             return mesh
 
         mesh = together(begin)
@@ -188,7 +191,7 @@ def train_command(
         say_model(console, model, config)
         say_world(console, world, mesh)
         with first_speaks((FloatingPointError,)):
-            result = train_with_progress(console, model, corpus, config, out, resume=how, mesh=mesh)
+            result = train_with_progress(console, model, corpus, config, out, resume=how, mesh=mesh, lock=False)
         if result.val_loss is not None and world.first:
             entropy = unigram_entropy(corpus.train)
             console.print(

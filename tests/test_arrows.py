@@ -21,7 +21,7 @@ LAYERS = {
     "launch": set(),
     "sharded": {"storage", "launch"},
     "model": {"ops", "custom_ops", "config", "graphs", "module", "storage", "sharded"},
-    "data": set(),
+    "data": {"storage"},
     "rows": {"ops"},
     "hf": {"ops", "custom_ops", "config", "graphs", "module", "model", "rows"},
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
@@ -39,6 +39,7 @@ LAYERS = {
         "metrics",
         "faults",
         "launch",
+        "storage",
     },
     "train_command": {
         "config",

@@ -38,6 +38,7 @@ from nsa_compile.data.sources import (
     say_paths,
 )
 from nsa_compile.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
+from nsa_compile.storage import locked
 
 BYTES_PER_WORKER = 2**26
 """Bytes of sources that make another process worth its start, which takes seconds."""
@@ -122,8 +123,20 @@ def build_shards(
         "tokenizer": tokenizer.digest, "held_out": held_out, "field": field, "shard_tokens": shard_tokens,
         "sources": _fingerprint(sources),
     }  # fmt: skip
-    if out.exists() and any(out.iterdir()) and _is_same(out, settings, rebuild):
+    if _is_same(out, settings, rebuild):
         return open_shards(out)
+    lock = locked(out.parent / f".{out.name}.lock", f"out: expected a folder that no other process builds, got {out}")
+    with lock:
+        if not _is_same(out, settings, rebuild):  # another one may have ended meanwhile
+            _build_folder(out, paths, sources, tokenizer, settings, workers, unit_bytes, on_progress)
+        return open_shards(out)
+
+
+def _build_folder(
+    out: Path, paths: Sequence[str | Path], sources: Sequence[Source], tokenizer: Tokenizer, settings: dict[str, Any],
+    workers: int | None, unit_bytes: int, on_progress: Callable[[BuildProgress], None] | None,
+) -> None:  # fmt: skip
+    held_out, field, shard_tokens = settings["held_out"], settings["field"], settings["shard_tokens"]
     units = plan_units(sources, unit_bytes=unit_bytes)
     if workers is None:
         workers = min(_cpus(), 1 + sum(unit.n_bytes for unit in units) // BYTES_PER_WORKER)
@@ -149,7 +162,6 @@ def build_shards(
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return open_shards(out)
 
 
 class _Job(NamedTuple):
@@ -356,6 +368,10 @@ def _leave_sigint_to_the_parent() -> None:
 
 def _is_same(out: Path, settings: dict[str, Any], rebuild: bool) -> bool:
     """Whether shards in `out` are those of the settings; False to build them. Raises ValueError if they may not be."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, got {out}, which is a file")
+    if not out.exists() or not any(out.iterdir()):
+        return False
     if not (out / MANIFEST).is_file():
         raise ValueError(f"out: expected a new folder or one of token shards, got {out}, which holds something else")
     if rebuild:
