@@ -25,7 +25,7 @@ from nsa_compile.config import NSAConfig
 from nsa_compile.convert.command import convert_command
 from nsa_compile.custom_ops import flash
 from nsa_compile.custom_ops.dispatch import explain_thresholds, resolve_impl
-from nsa_compile.data import load_tokenizer
+from nsa_compile.data import load_tokenizer, open_shards
 from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
@@ -155,18 +155,32 @@ def tokenize(
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 2**28,
     workers: Workers = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace what shards --out holds.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Instead read the shards in TEXT (or --out) and compare their checksums.")
+    ] = False,
 ) -> None:
     """Turn text into memory-mapped token shards for `train --data`, in several processes.
 
-    Shards of the same text and settings are taken as they are, after a look at every byte.
+    Shards of the same text and settings are taken as they are, after a look at every byte; `tokenize --verify FOLDER`
+    looks at those of a folder, whatever they were made of.
     """
     console = Console(markup=False, highlight=False)
+    if verify:
+        if rebuild:
+            raise ValueError("verify: expected it without --rebuild, got both")
+        for folder in text or [out]:
+            corpus = open_shards(folder, verify=True)
+            n_shards, n_tokens = (
+                sum(len(part.shards) for part in (corpus.train, corpus.validation)),
+                corpus.train.n_tokens + corpus.validation.n_tokens,
+            )
+            console.print(f"{folder}: {n_shards} shards, {n_tokens:,} {corpus.unit}s, every byte as it was built",
+                          soft_wrap=True)  # fmt: skip
+        return
     corpus = build_with_progress(
         console, text or [], out, tokenizer=load_tokenizer(tokenizer, end_token=end_token), field=field,
-        held_out=held_out, shard_tokens=shard_tokens, workers=workers, rebuild=rebuild,
+        held_out=held_out, shard_tokens=shard_tokens, workers=workers, rebuild=rebuild, verify=True,
     )  # fmt: skip
-    for part in (corpus.train, corpus.validation):
-        part.verify()
     say_corpus(console, corpus)
     n_shards = len(corpus.train.shards) + len(corpus.validation.shards)
     console.print(f"{n_shards} shards in {out}, vocabulary of {corpus.vocab_size:,}, left out {corpus.n_skipped} "

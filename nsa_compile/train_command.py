@@ -2,8 +2,9 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.config import NSAConfig
 from nsa_compile.data import Corpus, load_tokenizer, open_shards, unigram_entropy
 from nsa_compile.data.shards import read_manifest
-from nsa_compile.launch import World, launched, process_group, rank, together
+from nsa_compile.launch import World, launched, local_rank, process_group, rank, together
 from nsa_compile.metrics import METRICS_FILE
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import (
@@ -63,6 +64,10 @@ def train_command(
     data: Annotated[
         Path | None, typer.Option(help="Token shards of `tokenize`, in place of --text.", show_default="OUT/data")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Read shards of --data whose files are new here or changed, and compare their checksums."),
+    ] = True,
     tokenizer: TokenizerFile = None,
     end_token: EndToken = None,
     field: Field = "text",
@@ -164,7 +169,7 @@ def train_command(
 
     def build() -> Corpus:
         if data is not None:
-            return open_data(data, tokenizer, end_token)
+            return open_data(data, tokenizer, end_token, verify, partial(console.print, soft_wrap=True))
         return build_with_progress(
             console, text or [], out / DATA_FOLDER, tokenizer=load_tokenizer(tokenizer, end_token=end_token),
             field=field, workers=workers,
@@ -183,7 +188,9 @@ def train_command(
             return mesh
 
         mesh = together(begin)
-        corpus = world.by_first(build, lambda: open_shards(data or out / DATA_FOLDER))
+        # the first process of a machine looks at the copy that is there
+        compare = None if verify and local_rank() == 0 else False
+        corpus = world.by_first(build, lambda: open_shards(data or out / DATA_FOLDER, verify=compare))
         model_config = dataclasses.replace(model_config, vocab_size=corpus.vocab_size)
         say_corpus(console, corpus)
         torch.manual_seed(seed)
@@ -226,9 +233,11 @@ def first_speaks(errors: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator
         raise
 
 
-def open_data(data: Path, tokenizer: Path | None, end_token: str | None) -> Corpus:
+def open_data(
+    data: Path, tokenizer: Path | None, end_token: str | None, verify: bool, say: Callable[[str], None]
+) -> Corpus:
     """Open shards. Raises ValueError if they were made by another tokenizer than that of a file, where one is given."""
-    corpus = open_shards(data)
+    corpus = open_shards(data, verify=None if verify else False, say=say)
     if tokenizer is not None or end_token is not None:
         given = load_tokenizer(tokenizer, end_token=end_token).digest
         made = read_manifest(data)["settings"]["tokenizer"]

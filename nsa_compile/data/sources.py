@@ -84,6 +84,11 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def say_paths(paths: Sequence[str | Path]) -> str:
     """The paths in words."""
     return ", ".join(map(str, paths)) or "the Python standard library"
