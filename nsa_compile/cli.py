@@ -92,6 +92,20 @@ def error_line(ctx: Any) -> Iterator[None]:
         if not isinstance(error, SaidElsewhere):
             say_error(str(error))
         raise typer.Exit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if ctx is None or ctx.params.get("traceback") or not out_of_memory(error):
+            raise
+        why = (str(error).splitlines() or [""])[0] or "none left"
+        say_error(f"memory: expected enough for these sizes, got: {why}; smaller ones take less")
+        raise typer.Exit(2) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no more memory, of the machine or of a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error)
+        for words in ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+    )
 
 
 def say_error(message: str) -> None:
@@ -244,6 +258,7 @@ def info(
     """
     console = Console(markup=False, highlight=False)
     target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = NSAConfig() if checkpoint is None else load_config(checkpoint)
     console.print(f"nsa-compile {nsa_compile.__version__}, torch {torch.__version__}, triton {triton_version()}")
     console.print(f"Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
     for index in range(torch.cuda.device_count()):
@@ -263,12 +278,15 @@ def info(
         table.add_row(op, choice.impl, f"{choice.why}; {more}" if more else choice.why)
     console.print(table)
     say_flash(console, target)
-    config = (
-        NSAConfig()
-        if checkpoint is None
-        else NSAConfig.load((find_checkpoint(checkpoint) or checkpoint) / "config.json")
-    )
     say_cache(console, config, batch, capacity, dtype)
+
+
+def load_config(checkpoint: Path) -> NSAConfig:
+    """The config of a run's newest checkpoint, or of a folder of one. Raises ValueError where there is none."""
+    path = (find_checkpoint(checkpoint) or checkpoint) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"checkpoint: expected a run, a checkpoint or an exported model, got {checkpoint}")
+    return NSAConfig.load(path)
 
 
 def advise(device: torch.device, compiler: str | None) -> list[str]:

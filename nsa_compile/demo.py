@@ -19,6 +19,7 @@ from nsa_compile.graphs.prefill import prefill
 from nsa_compile.metrics import METRICS_FILE
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.module import BRANCHES
+from nsa_compile.storage import naming
 from nsa_compile.terminal import (
     TextStream,
     build_with_progress,
@@ -72,7 +73,8 @@ def run_parts(console: Console, text: Sequence[Path], out: Path, steps: int, com
     model.eval()
 
     prompt, reads = stream_demo(console, model, corpus)
-    (out / DECODE_FILE).write_text("".join(json.dumps(step._asdict()) + "\n" for step in reads.steps))
+    with naming(out / DECODE_FILE):
+        (out / DECODE_FILE).write_text("".join(json.dumps(step._asdict()) + "\n" for step in reads.steps))
     show_reads(console, reads.steps)
     window = held_out_tokens(corpus, DEMO_HELD_OUT).view(-1, DEMO_SEQ_LEN)
     show_gates(console, model, window)

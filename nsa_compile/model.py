@@ -26,7 +26,7 @@ from nsa_compile.module import (
 from nsa_compile.ops.checks import check_tensor, values_are_visible
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import query_layout
-from nsa_compile.storage import METADATA_FILE
+from nsa_compile.storage import METADATA_FILE, whole_files
 
 if TYPE_CHECKING:
     from nsa_compile.graphs.cache import NSACache
@@ -227,11 +227,13 @@ class NSALanguageModel(nn.Module):
         return [gate_statistics(g, valid) for g in gates]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into a folder, made where missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.save(folder / "config.json")
-        save_model(self, str(folder / "model.safetensors"))
+        """Write config.json and model.safetensors into a folder, made where missing: both, or after an error neither.
+
+        Raises: ValueError for a file in the folder's place; OSError naming the folder, as for a full disk.
+        """
+        with whole_files(Path(folder), "model.safetensors", "config.json") as (weights, config):
+            save_model(self, str(weights))
+            self.config.save(config)
 
     @classmethod
     def from_pretrained(

@@ -1,15 +1,18 @@
-"""Files that must be whole: torch.distributed.checkpoint with plain errors, names that are on disk, locks."""
+"""Files that must be whole: written together or not at all, on disk, by one process alone; errors that name them."""
 
 import errno
 import fcntl
 import os
 import pickle
+import re
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 METADATA_FILE = ".metadata"
 """In a checkpoint of torch.distributed.checkpoint: what its shards hold, and where."""
@@ -41,6 +44,65 @@ def why_not_loaded(error: Exception) -> str:
     return lines[0]
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of the file system that name no file this one, as of a full disk, those of safetensors too."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise ValueError, naming the argument, for a folder that cannot be: it, or one that it is in, is a file."""
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(f"{name}: expected a folder, got {folder}: {path} is a file")
+            return
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder, made where missing with those that it is in; after the block those that are new and empty go again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            for path in new:
+                path.rmdir()
+
+
+@contextmanager
+def whole_files(folder: Path, *names: str) -> Iterator[list[Path]]:
+    """Paths to write files to that go to a folder, made where missing, under their names once all are on disk.
+
+    After an error the folder is what it was. Raises ValueError for a file in its place; OSError naming the folder.
+    """
+    check_folder("folder", folder)
+    parts = [folder / f".{name}.{os.getpid()}.part" for name in names]
+    with made(folder), naming(folder):
+        try:
+            yield parts
+            for part in parts:
+                flush(part)
+            for part, name in zip(parts, names, strict=True):
+                part.replace(folder / name)
+            flush(folder)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -57,21 +119,17 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     The operating system holds the lock, for this process alone; the file says who has it, and goes with the block, as
     do folders made for it that are empty then. Where a file system has no locks (some of networks) a warning says so.
 
-    Raises: ValueError for a lock that is taken: `refusal`, and by whom; OSError where the file cannot be made.
+    Raises: ValueError for a lock that is taken: `refusal`, and by whom; or for a file in the folder's place; OSError
+        where the file cannot be made.
     """
-    made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    check_folder("out", path.parent)
+    with made(path.parent):
         descriptor = _take(path, refusal)
         try:
             yield
         finally:
             path.unlink(missing_ok=True)  # before it is free: whoever waits with this file open sees that it is gone
             os.close(descriptor)
-    finally:
-        with suppress(OSError):  # not empty
-            for folder in made:
-                folder.rmdir()
 
 
 def _take(path: Path, refusal: str) -> int:

@@ -31,8 +31,10 @@ from nsa_compile.options import (
     TokenizerFile,
     Workers,
     find_device,
+    total_memory,
 )
 from nsa_compile.parallel import make_mesh
+from nsa_compile.storage import check_folder
 from nsa_compile.terminal import build_with_progress, can_compile, say_corpus, say_model, train_with_progress
 from nsa_compile.train import DATA_FOLDER, DTYPES, TrainConfig, check_mesh, checkpoint_to_resume, run_lock
 
@@ -166,6 +168,8 @@ def train_command(
             raise ValueError("data: expected token shards alone, got --text beside them")
         if not launched() and (sizes := (1 if dp is None else dp, cp, tp)) != (1, 1, 1):
             raise ValueError("dp, cp, tp: expected 1 each without torchrun, got {}, {} and {}".format(*sizes))
+        check_folder("out", out)
+        check_memory(model_config, target)
 
     def build() -> Corpus:
         if data is not None:
@@ -217,6 +221,7 @@ def export_command(
     dtype: Kind = DType.fp32,
 ) -> None:
     """Write a run's newest weights as safetensors, as `NSALanguageModel.from_pretrained` reads them."""
+    check_folder("out", out)
     checkpoint = find_checkpoint(run) or run
     NSALanguageModel.from_pretrained(checkpoint, dtype=DTYPES[dtype.value]).save_pretrained(out)
     Console(markup=False, highlight=False).print(f"{checkpoint} as safetensors in {out}", soft_wrap=True)
@@ -246,6 +251,25 @@ def open_data(
                 f"tokenizer: expected the one that made the shards in {data} ({made}), got {tokenizer} ({given})"
             )
     return corpus
+
+
+def check_memory(config: NSAConfig, device: torch.device) -> None:
+    """Raise ValueError for a model whose training takes more than all memory: before text is read, or the system ends
+    the process without a word.
+
+    Weights, gradients and AdamW's two moments are fp32, over all processes; each makes whole weights at its start.
+    """
+    try:
+        with torch.device("meta"):
+            n = sum(p.numel() for p in NSALanguageModel(config).parameters())
+    except RuntimeError as error:  # sizes that overflow
+        raise ValueError(f"model: expected sizes that torch can hold, got {str(error).splitlines()[0]}") from error
+    needed, there = n * (4 if launched() else 16), total_memory(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"model: expected one that fits in the memory of {device}, {there / 2**30:,.1f} GiB, got {n:,} parameters, "
+            f"which take {needed / 2**30:,.1f} GiB to train; a smaller dim or fewer layers take less"
+        )
 
 
 def say_world(console: Console, world: World, mesh: DeviceMesh | None) -> None:

@@ -26,7 +26,7 @@ LAYERS = {
     "hf": {"ops", "custom_ops", "config", "graphs", "module", "model", "rows"},
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "checkpoints": {"model", "data", "storage", "sharded", "launch"},
-    "metrics": {"ops", "custom_ops", "config", "module", "model", "data"},
+    "metrics": {"ops", "custom_ops", "config", "module", "model", "data", "storage"},
     "faults": set(),
     "train": {
         "config",
@@ -51,6 +51,7 @@ LAYERS = {
         "launch",
         "train",
         "options",
+        "storage",
         "terminal",
     },
     "recompute": set(),
@@ -59,7 +60,7 @@ LAYERS = {
     "options": set(),
     "parallel": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "terminal": {"model", "data", "train"},
-    "bench": {"", "ops", "custom_ops", "config", "graphs", "module", "options", "terminal"},
+    "bench": {"", "storage", "ops", "custom_ops", "config", "graphs", "module", "options", "terminal"},
     "profile": {
         "checkpoints",
         "custom_ops",
@@ -70,6 +71,7 @@ LAYERS = {
         "data",
         "train",
         "options",
+        "storage",
         "terminal",
     },
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nsa_compile.storage import why_not_loaded
+from nsa_compile.storage import check_folder, naming, why_not_loaded
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NOT_COPIED = ("config.json", "generation_config.json")
@@ -224,7 +224,8 @@ def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
     """
     classes = import_classes()
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_folder("out", out)
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"out: expected a new or empty folder, got {out}")
     empty = build_empty(source, [config.model_type.removeprefix("nsa_") for _, config in classes.CONVERTED.values()])
     with torch.device("meta"):
@@ -234,7 +235,8 @@ def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         folder.chmod(0o755)
-        model.save_pretrained(folder)
+        with naming(out):
+            model.save_pretrained(folder)
         for path in source.iterdir():
             if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(WEIGHT_FILES):
                 shutil.copy2(path, folder / path.name)

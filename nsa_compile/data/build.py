@@ -32,13 +32,12 @@ from nsa_compile.data.sources import (
     Unit,
     cpus,
     find_text,
-    naming,
     plan_units,
     read_documents,
     say_paths,
 )
 from nsa_compile.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
-from nsa_compile.storage import locked
+from nsa_compile.storage import check_folder, locked, naming
 
 BYTES_PER_WORKER = 2**26
 """Bytes of sources that make another process worth its start, which takes seconds."""
@@ -370,8 +369,7 @@ def _leave_sigint_to_the_parent() -> None:
 
 def _is_same(out: Path, settings: dict[str, Any], rebuild: bool) -> bool:
     """Whether shards in `out` are those of the settings; False to build them. Raises ValueError if they may not be."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got {out}, which is a file")
+    check_folder("out", out)
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / MANIFEST).is_file():

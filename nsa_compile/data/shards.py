@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_compile.data.sources import cpus, naming
+from nsa_compile.data.sources import cpus
 from nsa_compile.data.tokenizer import Tokenizer, load_tokenizer
+from nsa_compile.storage import naming
 
 FORMAT = 1
 MANIFEST, TOKENIZER_FILE, CHECKED_FILE = "manifest.json", "tokenizer.json", ".checked.json"
