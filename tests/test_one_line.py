@@ -159,8 +159,8 @@ def test_other_commands_on_a_full_disk(whole, text, tmp_path, file_limit):  # no
         "run": ("train", "--text", text, "--out", tmp_path / "run", "--workers", 1, "--steps", 2, *TINY),
         "out": ("profile", "prefill", "--device", "cpu", "--out", tmp_path / "out", "--no-compile", "--no-memory"),
         "bench": (
-            "bench", "--device", "cpu", "--out", tmp_path / "bench", "--tokens", 64, "--what", "win", "--no-plot",
-            "--repeats", 1, "--beside", "none", "--no-backward", "--heads", 2, "--groups", 1,
+            "bench", "--device", "cpu", "--out", tmp_path / "bench", "--tokens", 64, "--what", "window", "--no-plot",
+            "--repeats", 2, "--beside", "none", "--no-backward", "--heads", 2, "--groups", 1,
         ),
     }  # fmt: skip
     for name, arguments in commands.items():
