@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nsa_compile.data.sources import naming
+from nsa_compile.launch import SaidElsewhere
 from nsa_compile.model import NSALanguageModel
-from nsa_compile.storage import distributed_checkpoint, flush
+from nsa_compile.storage import distributed_checkpoint, flush, naming
 
 RUN_FILE = "run.json"
 GRACE = 10.0
@@ -31,7 +31,7 @@ def find_checkpoint(folder: str | Path) -> Path | None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The whole checkpoints of a run: what a crash left half-written has another name."""
-    return [path for path in folder.glob("step-[0-9]*[0-9]") if (path / RUN_FILE).is_file()]
+    return [path for path in folder.glob("step-[0-9]*") if path.name[5:].isdecimal() and (path / RUN_FILE).is_file()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -149,11 +149,14 @@ def load_state(
     """
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
+    from nsa_compile.sharded import load_sharded
+
     state = state_of(model, optimizer)
     try:
-        with distributed_checkpoint() as dcp:
-            dcp.load(state, checkpoint_id=checkpoint, process_group=group, no_dist=group is None)
-    except Exception as error:  # torch raises CheckpointException, a BaseException, around any kind of error
+        load_sharded(state, checkpoint, group)
+    except SaidElsewhere:
+        raise
+    except Exception as error:
         raise ValueError(f"resume: expected a checkpoint that can be read, got {checkpoint}: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -162,6 +165,8 @@ def read_facts(checkpoint: Path, *names: str) -> dict[str, Any]:
     """What `save` was given beside the state, and the step. Raises ValueError for a checkpoint without `names`."""
     try:
         facts = json.loads((checkpoint / RUN_FILE).read_text())
+        if "config" in names and not isinstance(facts["config"], dict):
+            raise TypeError(f"config: {facts['config']!r:.80}")
         return facts | {name: facts[name] for name in names}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"resume: expected a checkpoint with {RUN_FILE}, got {checkpoint}: {error!r}") from error

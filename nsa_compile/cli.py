@@ -25,7 +25,7 @@ from nsa_compile.config import NSAConfig
 from nsa_compile.convert.command import convert_command
 from nsa_compile.custom_ops import flash
 from nsa_compile.custom_ops.dispatch import explain_thresholds, resolve_impl
-from nsa_compile.data import load_tokenizer
+from nsa_compile.data import load_tokenizer, open_shards
 from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
@@ -92,6 +92,20 @@ def error_line(ctx: Any) -> Iterator[None]:
         if not isinstance(error, SaidElsewhere):
             say_error(str(error))
         raise typer.Exit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if ctx is None or ctx.params.get("traceback") or not out_of_memory(error):
+            raise
+        why = (str(error).splitlines() or [""])[0] or "none left"
+        say_error(f"memory: expected enough for these sizes, got: {why}; smaller ones take less")
+        raise typer.Exit(2) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no more memory, of the machine or of a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error)
+        for words in ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+    )
 
 
 def say_error(message: str) -> None:
@@ -155,18 +169,32 @@ def tokenize(
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard.")] = 2**28,
     workers: Workers = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace what shards --out holds.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Instead read the shards in TEXT (or --out) and compare their checksums.")
+    ] = False,
 ) -> None:
     """Turn text into memory-mapped token shards for `train --data`, in several processes.
 
-    Shards of the same text and settings are taken as they are, after a look at every byte.
+    Shards of the same text and settings are taken as they are, after a look at every byte; `tokenize --verify FOLDER`
+    looks at those of a folder, whatever they were made of.
     """
     console = Console(markup=False, highlight=False)
+    if verify:
+        if rebuild:
+            raise ValueError("verify: expected it without --rebuild, got both")
+        for folder in text or [out]:
+            corpus = open_shards(folder, verify=True)
+            n_shards, n_tokens = (
+                sum(len(part.shards) for part in (corpus.train, corpus.validation)),
+                corpus.train.n_tokens + corpus.validation.n_tokens,
+            )
+            console.print(f"{folder}: {n_shards} shards, {n_tokens:,} {corpus.unit}s, every byte as it was built",
+                          soft_wrap=True)  # fmt: skip
+        return
     corpus = build_with_progress(
         console, text or [], out, tokenizer=load_tokenizer(tokenizer, end_token=end_token), field=field,
-        held_out=held_out, shard_tokens=shard_tokens, workers=workers, rebuild=rebuild,
+        held_out=held_out, shard_tokens=shard_tokens, workers=workers, rebuild=rebuild, verify=True,
     )  # fmt: skip
-    for part in (corpus.train, corpus.validation):
-        part.verify()
     say_corpus(console, corpus)
     n_shards = len(corpus.train.shards) + len(corpus.validation.shards)
     console.print(f"{n_shards} shards in {out}, vocabulary of {corpus.vocab_size:,}, left out {corpus.n_skipped} "
@@ -230,6 +258,7 @@ def info(
     """
     console = Console(markup=False, highlight=False)
     target = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = NSAConfig() if checkpoint is None else load_config(checkpoint)
     console.print(f"nsa-compile {nsa_compile.__version__}, torch {torch.__version__}, triton {triton_version()}")
     console.print(f"Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
     for index in range(torch.cuda.device_count()):
@@ -249,12 +278,15 @@ def info(
         table.add_row(op, choice.impl, f"{choice.why}; {more}" if more else choice.why)
     console.print(table)
     say_flash(console, target)
-    config = (
-        NSAConfig()
-        if checkpoint is None
-        else NSAConfig.load((find_checkpoint(checkpoint) or checkpoint) / "config.json")
-    )
     say_cache(console, config, batch, capacity, dtype)
+
+
+def load_config(checkpoint: Path) -> NSAConfig:
+    """The config of a run's newest checkpoint, or of a folder of one. Raises ValueError where there is none."""
+    path = (find_checkpoint(checkpoint) or checkpoint) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"checkpoint: expected a run, a checkpoint or an exported model, got {checkpoint}")
+    return NSAConfig.load(path)
 
 
 def advise(device: torch.device, compiler: str | None) -> list[str]:

@@ -123,5 +123,11 @@ class NSAConfig:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a config written by `save`."""
-        return cls.from_dict(json.loads(path.read_text()))
+        """Read a config written by `save`. Raises ValueError naming the file for any other."""
+        try:
+            values = json.loads(path.read_text())
+            if not isinstance(values, dict):
+                raise TypeError(f"expected a dict, got {type(values).__name__}")
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error

@@ -19,6 +19,7 @@ from nsa_compile.graphs.prefill import prefill
 from nsa_compile.metrics import METRICS_FILE
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.module import BRANCHES
+from nsa_compile.storage import naming
 from nsa_compile.terminal import (
     TextStream,
     build_with_progress,
@@ -27,7 +28,7 @@ from nsa_compile.terminal import (
     say_model,
     train_with_progress,
 )
-from nsa_compile.train import DATA_FOLDER, TrainConfig, checkpoint_to_resume
+from nsa_compile.train import DATA_FOLDER, TrainConfig, checkpoint_to_resume, run_lock
 
 DECODE_FILE = "decode.jsonl"
 DEMO_MODEL = NSAConfig(
@@ -41,9 +42,14 @@ DECODE_TOLERANCE = 1e-9
 
 
 def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None:
-    """The parts of `demo`, one after the other."""
-    console = Console(markup=False, highlight=False)
-    checkpoint_to_resume(out, False)
+    """The parts of `demo`, one after the other, in a folder that no other run has."""
+    with run_lock(out):
+        checkpoint_to_resume(out, False)
+        run_parts(Console(markup=False, highlight=False), text, out, steps, compile)
+
+
+def run_parts(console: Console, text: Sequence[Path], out: Path, steps: int, compile: bool) -> None:
+    """The parts of `demo` in a folder that is locked."""
     corpus = build_with_progress(console, text, out / DATA_FOLDER)
     if corpus.validation.n_tokens < DEMO_HELD_OUT:
         raise ValueError(
@@ -61,13 +67,14 @@ def run_demo(text: Sequence[Path], out: Path, steps: int, compile: bool) -> None
         eval_every=steps, eval_batches=8, save_every=steps, packed=False,
     )  # fmt: skip
     say_model(console, model, config)
-    result = train_with_progress(console, model, corpus, config, out, resume=False)
+    result = train_with_progress(console, model, corpus, config, out, resume=False, lock=False)
     if result.interrupted:
         return
     model.eval()
 
     prompt, reads = stream_demo(console, model, corpus)
-    (out / DECODE_FILE).write_text("".join(json.dumps(step._asdict()) + "\n" for step in reads.steps))
+    with naming(out / DECODE_FILE):
+        (out / DECODE_FILE).write_text("".join(json.dumps(step._asdict()) + "\n" for step in reads.steps))
     show_reads(console, reads.steps)
     window = held_out_tokens(corpus, DEMO_HELD_OUT).view(-1, DEMO_SEQ_LEN)
     show_gates(console, model, window)

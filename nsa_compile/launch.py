@@ -77,6 +77,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def local_rank() -> int:
+    """The number of this process on its machine, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+
+
 def world_size() -> int:
     """The number of processes, 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.registration import causal_pairs, compressed_pairs
-from nsa_compile.data.sources import naming
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.module import BRANCHES
 from nsa_compile.ops.layout import num_cmp, query_layout
+from nsa_compile.storage import naming
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -87,12 +87,19 @@ def summary_writer() -> Any:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Cut a metrics file before the first line that is not whole, or of a step after `step`."""
+    """Cut a metrics file before the first line that is not whole, or of a step after `step`.
+
+    Raises: ValueError for a file with other lines: it is not a run's.
+    """
     if path.exists():
         with path.open("r+b") as file:
             end = 0
             for line in file:
-                if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                try:
+                    later = line.endswith(b"}\n") and json.loads(line)["step"] > step
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"out: expected metrics of a run in {path}, got {line[:80]!r}") from error
+                if later or not line.endswith(b"}\n"):
                     break
                 end += len(line)
             file.truncate(end)

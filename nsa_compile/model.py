@@ -26,7 +26,7 @@ from nsa_compile.module import (
 from nsa_compile.ops.checks import check_tensor, values_are_visible
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import query_layout
-from nsa_compile.storage import distributed_checkpoint
+from nsa_compile.storage import METADATA_FILE, whole_files
 
 if TYPE_CHECKING:
     from nsa_compile.graphs.cache import NSACache
@@ -227,11 +227,13 @@ class NSALanguageModel(nn.Module):
         return [gate_statistics(g, valid) for g in gates]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into a folder, made where missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.save(folder / "config.json")
-        save_model(self, str(folder / "model.safetensors"))
+        """Write config.json and model.safetensors into a folder, made where missing: both, or after an error neither.
+
+        Raises: ValueError for a file in the folder's place; OSError naming the folder, as for a full disk.
+        """
+        with whole_files(Path(folder), "model.safetensors", "config.json") as (weights, config):
+            save_model(self, str(weights))
+            self.config.save(config)
 
     @classmethod
     def from_pretrained(
@@ -241,8 +243,10 @@ class NSALanguageModel(nn.Module):
 
         Raises: ValueError for a folder without such a model, or weights that do not fit the config.
         """
+        from nsa_compile.sharded import load_sharded  # takes a moment
+
         folder = Path(folder)
-        weights, shards = folder / "model.safetensors", folder / ".metadata"
+        weights, shards = folder / "model.safetensors", folder / METADATA_FILE
         for path in (folder / "config.json", shards if shards.is_file() else weights):
             if not path.is_file():
                 raise ValueError(
@@ -253,8 +257,7 @@ class NSALanguageModel(nn.Module):
             if weights.is_file():
                 load_model(model, str(weights))
             else:
-                with distributed_checkpoint() as dcp:
-                    dcp.load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+                load_sharded({"model": model.state_dict()}, folder)
         except SafetensorError as error:
             raise ValueError(f"folder: expected a whole file of weights, got {weights}: {error}") from error
         except (RuntimeError, ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import enum
 import itertools
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -59,3 +60,13 @@ def find_device(name: str) -> torch.device:
     if device.type == "meta":
         raise ValueError("device: expected one that computes, got 'meta'")
     return device
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU, or of this machine; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # no Linux
+        return None

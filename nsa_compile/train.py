@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,13 @@ from nsa_compile.model import NSALanguageModel
 from nsa_compile.parallel import check_row, check_sizes, clip_grad_norm, parallelize
 from nsa_compile.precision import computing_in
 from nsa_compile.recompute import MODES, recomputing, unwrap_forward, wrap_forward
+from nsa_compile.storage import locked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILE = ("model", "block", "none")
 DATA_FOLDER = "data"
 """Where the commands put the token shards of a run."""
+LOCK_FILE = ".lock"
 MAY_CHANGE = (
     "steps", "compile", "accumulate", "checkpointing", "eval_every", "eval_batches", "stats_every", "save_every",
     "keep", "timeout", "tensorboard", "peak_tflops",
@@ -219,6 +221,7 @@ def train(
     resume: bool | Literal["auto"] = False,
     mesh: DeviceMesh | None = None,
     on_step: Callable[[StepMetrics], None] | None = None,
+    lock: bool = True,
 ) -> TrainResult:
     """Train a model on token shards; its weights change in place, to fp32 too.
 
@@ -232,13 +235,17 @@ def train(
     With a `mesh` of `make_mesh` all processes call it, with equal arguments, and the model is spread over them
     (`parallelize`) for good.
 
+    One run at a time may have `out`: the first process holds a lock on it, unless `lock` is False, for a caller that
+    has `run_lock(out)` already.
+
     Raises: ValueError for text that is too short, tokens that the model does not know, settings that do not fit the
-        mesh, an `out` that holds a run already, or one that does not fit `resume`;
+        mesh, an `out` that holds a run already, that another run is writing to, or that does not fit `resume`;
         FloatingPointError for a loss or gradient that is not finite, before it changes the weights;
         OSError naming a file that cannot be read or written.
     """
     out, ranks = Path(out), Ranks.of(mesh, config.timeout)
     facts = {"config": dataclasses.asdict(config), "text": corpus.digest()}
+    stack = ExitStack()
 
     def begin() -> tuple[Path | None, PackedBatches, PackedBatches]:
         check_text(corpus.train, config.seq_len, "training")
@@ -250,19 +257,21 @@ def train(
         check_mesh(config, model.config, None if mesh is None else tuple(mesh.shape))
         if config.tensorboard:
             summary_writer()
+        if lock and ranks.rank == 0:
+            stack.enter_context(run_lock(out))
         newest = checkpoint_to_resume(out, resume)
         if newest is not None:
             check_run(newest, model.config, facts)
         batches = make_batches(corpus.train, config, seed=config.seed)
         return newest, batches, make_batches(corpus.validation, config, seed=None, max_documents=batches.max_documents)
 
-    newest, batches, held_out = begin() if ranks.group is None else together(begin, ranks.group)
-    # a group of their own: their thread and this one would mix up the order of what they send
-    checkpoints = Checkpoints(
-        out, keep=config.keep, group=None if mesh is None else cpu_group(config.timeout),
-        saved=None if newest is None else step_of(newest),
-    )  # fmt: skip
-    with ExitStack() as stack:
+    with stack:
+        newest, batches, held_out = begin() if ranks.group is None else together(begin, ranks.group)
+        # a group of their own: their thread and this one would mix up the order of what they send
+        checkpoints = Checkpoints(
+            out, keep=config.keep, group=None if mesh is None else cpu_group(config.timeout),
+            saved=None if newest is None else step_of(newest),
+        )  # fmt: skip
         loss_function = stack.enter_context(prepared(model, config, mesh))
         optimizer = make_optimizer(model, config)
         if newest is not None:
@@ -309,6 +318,11 @@ def train(
         checkpoints.wait()
         ranks.wait()  # for the first process to have renamed it
         return TrainResult(done, val_loss, signal.Signals(stopped).name if stopped else None, checkpoint)
+
+
+def run_lock(out: str | Path) -> AbstractContextManager[None]:
+    """A lock on the folder of a run, which ends with the block or the process; see `locked`."""
+    return locked(Path(out) / LOCK_FILE, f"out: expected a folder that no other run writes to, got {out}")
 
 
 def check_mesh(config: TrainConfig, model: NSAConfig, shape: tuple[int, ...] | None) -> None:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from nsa_compile.checkpoints import find_checkpoint
 from nsa_compile.config import NSAConfig
 from nsa_compile.data import Corpus, load_tokenizer, open_shards, unigram_entropy
 from nsa_compile.data.shards import read_manifest
-from nsa_compile.launch import World, launched, process_group, rank, together
+from nsa_compile.launch import World, launched, local_rank, process_group, rank, together
 from nsa_compile.metrics import METRICS_FILE
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import (
@@ -30,10 +31,12 @@ from nsa_compile.options import (
     TokenizerFile,
     Workers,
     find_device,
+    total_memory,
 )
 from nsa_compile.parallel import make_mesh
+from nsa_compile.storage import check_folder
 from nsa_compile.terminal import build_with_progress, can_compile, say_corpus, say_model, train_with_progress
-from nsa_compile.train import DATA_FOLDER, DTYPES, TrainConfig, check_mesh, checkpoint_to_resume
+from nsa_compile.train import DATA_FOLDER, DTYPES, TrainConfig, check_mesh, checkpoint_to_resume, run_lock
 
 TERMINATED = 143
 """Exit code of a run that SIGTERM ended, after its checkpoint is written."""
@@ -63,6 +66,10 @@ def train_command(
     data: Annotated[
         Path | None, typer.Option(help="Token shards of `tokenize`, in place of --text.", show_default="OUT/data")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Read shards of --data whose files are new here or changed, and compare their checksums."),
+    ] = True,
     tokenizer: TokenizerFile = None,
     end_token: EndToken = None,
     field: Field = "text",
@@ -161,26 +168,33 @@ def train_command(
             raise ValueError("data: expected token shards alone, got --text beside them")
         if not launched() and (sizes := (1 if dp is None else dp, cp, tp)) != (1, 1, 1):
             raise ValueError("dp, cp, tp: expected 1 each without torchrun, got {}, {} and {}".format(*sizes))
+        check_folder("out", out)
+        check_memory(model_config, target)
 
     def build() -> Corpus:
         if data is not None:
-            return open_data(data, tokenizer, end_token)
+            return open_data(data, tokenizer, end_token, verify, partial(console.print, soft_wrap=True))
         return build_with_progress(
             console, text or [], out / DATA_FOLDER, tokenizer=load_tokenizer(tokenizer, end_token=end_token),
             field=field, workers=workers,
         )  # fmt: skip
 
-    with process_group(target, config.timeout) as world:
+    with ExitStack() as stack:
+        world = stack.enter_context(process_group(target, config.timeout))
         how: bool | Literal["auto"] = "auto" if auto_resume else resume
 
         def begin() -> DeviceMesh | None:
             mesh = make_mesh(dp=dp, cp=cp, tp=tp, device=target.type) if launched() else None
             check_mesh(config, model_config, None if mesh is None else tuple(mesh.shape))
             checkpoint_to_resume(out, how)
+            if world.first:
+                stack.enter_context(run_lock(out))  # before text is written there
             return mesh
 
         mesh = together(begin)
-        corpus = world.by_first(build, lambda: open_shards(data or out / DATA_FOLDER))
+        # the first process of a machine looks at the copy that is there
+        compare = None if verify and local_rank() == 0 else False
+        corpus = world.by_first(build, lambda: open_shards(data or out / DATA_FOLDER, verify=compare))
         model_config = dataclasses.replace(model_config, vocab_size=corpus.vocab_size)
         say_corpus(console, corpus)
         torch.manual_seed(seed)
@@ -188,7 +202,7 @@ def train_command(
         say_model(console, model, config)
         say_world(console, world, mesh)
         with first_speaks((FloatingPointError,)):
-            result = train_with_progress(console, model, corpus, config, out, resume=how, mesh=mesh)
+            result = train_with_progress(console, model, corpus, config, out, resume=how, mesh=mesh, lock=False)
         if result.val_loss is not None and world.first:
             entropy = unigram_entropy(corpus.train)
             console.print(
@@ -207,6 +221,7 @@ def export_command(
     dtype: Kind = DType.fp32,
 ) -> None:
     """Write a run's newest weights as safetensors, as `NSALanguageModel.from_pretrained` reads them."""
+    check_folder("out", out)
     checkpoint = find_checkpoint(run) or run
     NSALanguageModel.from_pretrained(checkpoint, dtype=DTYPES[dtype.value]).save_pretrained(out)
     Console(markup=False, highlight=False).print(f"{checkpoint} as safetensors in {out}", soft_wrap=True)
@@ -223,9 +238,11 @@ def first_speaks(errors: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator
         raise
 
 
-def open_data(data: Path, tokenizer: Path | None, end_token: str | None) -> Corpus:
+def open_data(
+    data: Path, tokenizer: Path | None, end_token: str | None, verify: bool, say: Callable[[str], None]
+) -> Corpus:
     """Open shards. Raises ValueError if they were made by another tokenizer than that of a file, where one is given."""
-    corpus = open_shards(data)
+    corpus = open_shards(data, verify=None if verify else False, say=say)
     if tokenizer is not None or end_token is not None:
         given = load_tokenizer(tokenizer, end_token=end_token).digest
         made = read_manifest(data)["settings"]["tokenizer"]
@@ -234,6 +251,25 @@ def open_data(data: Path, tokenizer: Path | None, end_token: str | None) -> Corp
                 f"tokenizer: expected the one that made the shards in {data} ({made}), got {tokenizer} ({given})"
             )
     return corpus
+
+
+def check_memory(config: NSAConfig, device: torch.device) -> None:
+    """Raise ValueError for a model whose training takes more than all memory: before text is read, or the system ends
+    the process without a word.
+
+    Weights, gradients and AdamW's two moments are fp32, over all processes; each makes whole weights at its start.
+    """
+    try:
+        with torch.device("meta"):
+            n = sum(p.numel() for p in NSALanguageModel(config).parameters())
+    except RuntimeError as error:  # sizes that overflow
+        raise ValueError(f"model: expected sizes that torch can hold, got {str(error).splitlines()[0]}") from error
+    needed, there = n * (4 if launched() else 16), total_memory(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"model: expected one that fits in the memory of {device}, {there / 2**30:,.1f} GiB, got {n:,} parameters, "
+            f"which take {needed / 2**30:,.1f} GiB to train; a smaller dim or fewer layers take less"
+        )
 
 
 def say_world(console: Console, world: World, mesh: DeviceMesh | None) -> None:

@@ -111,13 +111,18 @@ def train(model, text: Tensor, s: dict, *, length: int, steps: int, lr: float, s
     return curve, spent + time.perf_counter() - begin
 
 
-def train_dense(text: Tensor, rows: Tensor, s: dict) -> tuple:
-    """A dense model that learned short rows, then long ones; its losses and seconds, each by stage."""
+def make_dense(s: dict) -> transformers.LlamaForCausalLM:
+    """A dense model of the sizes."""
     config = transformers.LlamaConfig(
         vocab_size=256, max_position_embeddings=s["long"], bos_token_id=None, eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **s["model"],
     )  # fmt: skip
-    dense = transformers.LlamaForCausalLM(config).to(rows.device)
+    return transformers.LlamaForCausalLM(config)
+
+
+def train_dense(text: Tensor, rows: Tensor, s: dict) -> tuple:
+    """A dense model that learned short rows, then long ones; its losses and seconds, each by stage."""
+    dense = make_dense(s).to(rows.device)
     stages, seconds = {}, {}
     for kind, name, lr, seed in (("short", "dense, short rows only", "lr", 2), ("long", "dense", "long_lr", 3)):
         print(f"dense, {kind} rows")
@@ -174,13 +179,15 @@ def main() -> None:
     made_of = {name: s[name] for name in s if name not in ("nsa", "steps", "last_lr", "gate_lr", "eval_every")}
     made_of |= {"files": n_files, "train": len(text)}
     if args.dense and args.dense.exists():
-        dense, stages, seconds, before = torch.load(args.dense, map_location=device, weights_only=False)
+        weights, stages, seconds, before = torch.load(args.dense, map_location=device)
         if before != made_of:
             raise ValueError(f"{args.dense}: expected a dense model made of {made_of}, got {before}")
+        dense = make_dense(s).to(device)
+        dense.load_state_dict(weights)
     else:
         dense, stages, seconds = train_dense(text, rows, s)
         if args.dense:
-            torch.save((dense, stages, seconds, made_of), args.dense)
+            torch.save((dense.state_dict(), stages, seconds, made_of), args.dense)
             print(f"wrote {args.dense}; the same command now goes on with it")
             return
     models = {}

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nsa_compile.bench.options import FIXED, Options
+from nsa_compile.storage import check_folder, naming
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -91,6 +92,7 @@ def git_state() -> tuple[str | None, bool | None]:
 
 def prepare_folder(folder: Path) -> None:
     """Make a folder to write to. Raises ValueError where it holds a record, OSError where it cannot be made."""
+    check_folder("out", folder)
     if (folder / RECORD_FILE).exists():
         raise ValueError(f"out: expected a folder without a {RECORD_FILE}, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,9 +104,10 @@ def write_record(record: Record, folder: Path) -> tuple[Path, Path]:
     """Write bench.json and bench.csv into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = folder / RECORD_FILE, folder / "bench.csv"
-    as_json.write_text(json.dumps(finite(record), indent=1) + "\n")
+    with naming(as_json):
+        as_json.write_text(json.dumps(finite(record), indent=1) + "\n")
     names = list(dict.fromkeys(name for row in record["rows"] for name in row))
-    with as_csv.open("w", newline="") as file:
+    with naming(as_csv), as_csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(record["rows"])
@@ -129,7 +132,7 @@ def read_record(path: Path) -> Record:
         timed = [(row["ms"], row["iqr_ms"]) for row in record["rows"] if row["status"] == "ok"]
         whole = all(ms > 0 and iqr >= 0 for ms, iqr in timed) and all("ours" in row for row in record["rows"])
         hash(tuple(map(key, record["rows"])))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"compare: expected a {RECORD_FILE}, got {path}: {type(error).__name__}: {error}") from error
     if of_another_format or not whole:
         raise ValueError(f"compare: expected a {RECORD_FILE} of format {FORMAT}, whole, got {path}")

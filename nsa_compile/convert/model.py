@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from nsa_compile.storage import check_folder, naming, why_not_loaded
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NOT_COPIED = ("config.json", "generation_config.json")
@@ -189,6 +192,8 @@ def load_complete(folder: str | Path, **options: Any) -> Any:
         model, report = load(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except SafetensorError as error:
         raise ValueError(f"folder: expected whole files of weights, got {find_broken(folder)}: {error}") from error
+    except (pickle.UnpicklingError, EOFError) as error:  # of weights that are no safetensors
+        raise ValueError(f"folder: expected files of weights in {folder}, got {why_not_loaded(error)}") from error
     for kind, names in report.items():
         if names:
             shown = ", ".join(sorted(map(str, names))[:3])
@@ -219,7 +224,8 @@ def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
     """
     classes = import_classes()
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_folder("out", out)
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"out: expected a new or empty folder, got {out}")
     empty = build_empty(source, [config.model_type.removeprefix("nsa_") for _, config in classes.CONVERTED.values()])
     with torch.device("meta"):
@@ -229,7 +235,8 @@ def convert_folder(source: str | Path, out: str | Path, **options: Any) -> Any:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         folder.chmod(0o755)
-        model.save_pretrained(folder)
+        with naming(out):
+            model.save_pretrained(folder)
         for path in source.iterdir():
             if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(WEIGHT_FILES):
                 shutil.copy2(path, folder / path.name)

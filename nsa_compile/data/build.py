@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import signal
 from collections import deque
@@ -31,13 +30,14 @@ from nsa_compile.data.sources import (
     UNIT_BYTES,
     Source,
     Unit,
+    cpus,
     find_text,
-    naming,
     plan_units,
     read_documents,
     say_paths,
 )
 from nsa_compile.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
+from nsa_compile.storage import check_folder, locked, naming
 
 BYTES_PER_WORKER = 2**26
 """Bytes of sources that make another process worth its start, which takes seconds."""
@@ -83,6 +83,7 @@ def build_shards(
     rebuild: bool = False,
     on_progress: Callable[[BuildProgress], None] | None = None,
     unit_bytes: int = UNIT_BYTES,
+    verify: bool | None = None,
 ) -> Corpus:
     """Turn text into token shards in a new folder `out`, or open it if it was built from the same before.
 
@@ -105,6 +106,7 @@ def build_shards(
         shard_tokens: a shard ends with the document in which it comes to that many tokens.
         rebuild: build anew whatever shards `out` holds.
         on_progress: called after each unit of about `unit_bytes` bytes.
+        verify: as in `open_shards`: what was just written is read once and compared.
 
     Raises: ValueError for paths without text, broken files (see `read_documents`), or an `out` that holds shards of
         other sources or settings, or something else; OSError naming a file that cannot be read or written.
@@ -122,11 +124,23 @@ def build_shards(
         "tokenizer": tokenizer.digest, "held_out": held_out, "field": field, "shard_tokens": shard_tokens,
         "sources": _fingerprint(sources),
     }  # fmt: skip
-    if out.exists() and any(out.iterdir()) and _is_same(out, settings, rebuild):
-        return open_shards(out)
+    if _is_same(out, settings, rebuild):
+        return open_shards(out, verify=verify)
+    lock = locked(out.parent / f".{out.name}.lock", f"out: expected a folder that no other process builds, got {out}")
+    with lock:
+        if not _is_same(out, settings, rebuild):  # another one may have ended meanwhile
+            _build_folder(out, paths, sources, tokenizer, settings, workers, unit_bytes, on_progress)
+        return open_shards(out, verify=verify)
+
+
+def _build_folder(
+    out: Path, paths: Sequence[str | Path], sources: Sequence[Source], tokenizer: Tokenizer, settings: dict[str, Any],
+    workers: int | None, unit_bytes: int, on_progress: Callable[[BuildProgress], None] | None,
+) -> None:  # fmt: skip
+    held_out, field, shard_tokens = settings["held_out"], settings["field"], settings["shard_tokens"]
     units = plan_units(sources, unit_bytes=unit_bytes)
     if workers is None:
-        workers = min(_cpus(), 1 + sum(unit.n_bytes for unit in units) // BYTES_PER_WORKER)
+        workers = min(cpus(), 1 + sum(unit.n_bytes for unit in units) // BYTES_PER_WORKER)
     temporary = out.parent / f".{out.name}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -149,7 +163,6 @@ def build_shards(
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return open_shards(out)
 
 
 class _Job(NamedTuple):
@@ -356,6 +369,9 @@ def _leave_sigint_to_the_parent() -> None:
 
 def _is_same(out: Path, settings: dict[str, Any], rebuild: bool) -> bool:
     """Whether shards in `out` are those of the settings; False to build them. Raises ValueError if they may not be."""
+    check_folder("out", out)
+    if not out.exists() or not any(out.iterdir()):
+        return False
     if not (out / MANIFEST).is_file():
         raise ValueError(f"out: expected a new folder or one of token shards, got {out}, which holds something else")
     if rebuild:
@@ -373,10 +389,6 @@ def _fingerprint(sources: Sequence[Source]) -> str:
     """A name for the sources as they are: names, sizes and times of last change."""
     stats = [(source.name, (stat := source.path.stat()).st_size, stat.st_mtime_ns) for source in sources]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write(path: Path, content: bytes) -> None:

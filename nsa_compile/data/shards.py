@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa_compile.data.sources import cpus
 from nsa_compile.data.tokenizer import Tokenizer, load_tokenizer
+from nsa_compile.storage import naming
 
 FORMAT = 1
-MANIFEST, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
+MANIFEST, TOKENIZER_FILE, CHECKED_FILE = "manifest.json", "tokenizer.json", ".checked.json"
 PARTS = ("train", "validation")
 FACTS = ("vocab_size", "end_token", "unit", "source", "n_files", "n_skipped")
 """What the manifest says of both parts."""
+MUCH = 2**32
+"""Bytes of shards whose reading takes long enough to say so."""
 
 
 class Shard(NamedTuple):
@@ -26,12 +33,26 @@ class Shard(NamedTuple):
     name: str
     tokens: int
     documents: int
-    sha256: str
-    """Of both files, one after the other."""
+    sha256: str = ""
+    """Of both files, one after the other; empty in a manifest without checksums."""
 
     def files(self, folder: Path) -> tuple[Path, Path]:
         """The files of token ids and of ends."""
         return folder / f"{self.name}.bin", folder / f"{self.name}.ends"
+
+    def state(self, folder: Path) -> list[Any]:
+        """What is another once a file was written to or copied: sizes, times and numbers; and the checksum."""
+        stats = [path.stat() for path in self.files(folder)]
+        return [self.sha256, *(x for s in stats for x in (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))]
+
+    def sum(self, folder: Path) -> str:
+        """The checksum of the files as they are."""
+        total = hashlib.sha256()
+        for path in self.files(folder):
+            with naming(path), path.open("rb") as file:
+                while block := file.read(2**22):
+                    total.update(block)
+        return total.hexdigest()
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -107,14 +128,7 @@ class TokenShards:
 
     def verify(self) -> None:
         """Read everything and raise ValueError naming the files whose checksum is not that of the manifest."""
-        for shard in self.shards:
-            files, total = shard.files(self.folder), hashlib.sha256()
-            for path in files:
-                with path.open("rb") as file:
-                    while block := file.read(2**22):
-                        total.update(block)
-            if total.hexdigest() != shard.sha256:
-                raise ValueError(f"data: expected {files[0]} and its .ends as they were built, got other bytes")
+        check_sums(self.folder, self.shards, again=True)
 
     def digest(self) -> str:
         """A name for exactly these documents, as they are stored."""
@@ -154,21 +168,83 @@ class Corpus:
         """The tokenizer that made them."""
         if self.unit == "byte":
             return load_tokenizer(None)
-        return load_tokenizer(self.folder / TOKENIZER_FILE, end_token=read_manifest(self.folder)["end_name"])
+        manifest = read_manifest(self.folder)
+        found = load_tokenizer(self.folder / TOKENIZER_FILE, end_token=manifest["end_name"])
+        if found.digest != manifest["settings"]["tokenizer"]:
+            raise ValueError(f"data: expected {self.folder / TOKENIZER_FILE} as the shards were made by, got another")
+        return found
 
 
-def open_shards(folder: str | Path, *, verify: bool = False) -> Corpus:
-    """Open what `build_shards` wrote; `verify` reads it all and compares checksums.
+def open_shards(folder: str | Path, *, verify: bool | None = None, say: Callable[[str], None] | None = None) -> Corpus:
+    """Open what `build_shards` wrote.
+
+    Args:
+        verify: whether to read files and compare their checksums: by default those that are new here, or were written
+            to, since they were last compared (`.checked.json` in the folder says so); True for all, False for none.
+        say: called with a line where much is to be read.
 
     Raises: ValueError naming the folder or file that is missing, cut short, changed, or of another format.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     train, validation = (TokenShards(folder, manifest[part], vocab_size=manifest["vocab_size"]) for part in PARTS)
-    if verify:
-        train.verify()
-        validation.verify()
+    if verify is not False:
+        check_sums(folder, (*train.shards, *validation.shards), again=verify is True, say=say)
     return Corpus(folder=folder, train=train, validation=validation, **{name: manifest[name] for name in FACTS})
+
+
+def check_sums(
+    folder: Path, shards: Sequence[Shard], *, again: bool = False, say: Callable[[str], None] | None = None
+) -> None:
+    """Compare checksums of shards, `again` also where they were compared in this state before; several at a time.
+
+    Raises: ValueError naming the shards that are not as they were built.
+    """
+    path = folder / CHECKED_FILE
+    known = _read_checked(path)
+    states = {shard.name: shard.state(folder) for shard in shards if shard.sha256}
+    if len(states) < len(shards):
+        warnings.warn(f"{folder / MANIFEST} has no checksums of {len(shards) - len(states)} shards, so that damage to "
+                      "them would not be seen; build them anew to have some", stacklevel=3)  # fmt: skip
+    todo = [shard for shard in shards if shard.sha256 and (again or known.get(shard.name) != states[shard.name])]
+    if not todo:
+        return
+    n_bytes = sum(path.stat().st_size for shard in todo for path in shard.files(folder))
+    if say is not None and n_bytes > MUCH:
+        say(f"comparing checksums of {len(todo)} shards, {n_bytes / 1e9:,.0f} GB in {folder}")
+    with ThreadPoolExecutor(min(8, cpus(), len(todo))) as pool:
+        sums = list(pool.map(lambda shard: shard.sum(folder), todo))
+    broken = [shard for shard, found in zip(todo, sums, strict=True) if found != shard.sha256]
+    known |= {shard.name: states[shard.name] for shard in todo if shard not in broken}
+    for shard in broken:
+        known.pop(shard.name, None)
+    _write_checked(path, known)
+    if broken:
+        more = f" (and {', '.join(shard.name for shard in broken[1:])})" if broken[1:] else ""
+        raise ValueError(
+            f"data: expected {broken[0].files(folder)[0]} and its .ends as they were built, got other bytes{more}; "
+            "copy them again, or build the shards anew"
+        )
+
+
+def _read_checked(path: Path) -> dict[str, Any]:
+    """States of shards whose checksums were right; none where the file is broken: then they are compared again."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_checked(path: Path, states: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(states))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        warnings.warn(f"{path}: cannot be written ({error.strerror}), so that the next start compares the checksums of "
+                      "all shards again", stacklevel=4)  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -186,7 +262,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if missing := {"settings", *FACTS} - manifest.keys():
                 raise KeyError(*sorted(missing))
             token_type(manifest["vocab_size"])
-            return manifest | {part: [Shard(**shard) for shard in manifest[part]] for part in PARTS}
+            shards = {part: [Shard(**shard) for shard in manifest[part]] for part in PARTS}
+            if outside := [x.name for part in PARTS for x in shards[part] if x.name != Path(x.name).name]:
+                raise ValueError(f"a shard {outside[0]!r}")
+            return manifest | shards
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"data: expected a manifest of token shards, got {path}: {error!r}") from error
     raise ValueError(f"data: expected {path} of format {FORMAT}, got {version!r}; build the shards anew")

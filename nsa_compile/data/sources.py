@@ -7,11 +7,11 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nsa_compile.data.tokenizer import SEPARATOR
+from nsa_compile.storage import naming
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests"})
 UNIT_BYTES = 2**23
@@ -73,15 +73,9 @@ def find_text(paths: Sequence[str | Path] = ()) -> list[Source]:
     return sorted(Source(name, file) for file, name in found.items())
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give errors of the file system that name no file this one, as of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def say_paths(paths: Sequence[str | Path]) -> str:

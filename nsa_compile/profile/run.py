@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import gzip
 import importlib.metadata
 import json
@@ -31,6 +32,7 @@ from nsa_compile.model import MLP, DenseAttention, NSALanguageModel
 from nsa_compile.module import GateMLP, MeanCompressor, NSAAttention
 from nsa_compile.profile.summary import SUMMARY_FILE, Cost, summarize, write_kernels
 from nsa_compile.profile.trace import analyze, read_events, summarize_memory
+from nsa_compile.storage import check_folder, naming
 from nsa_compile.train import DTYPES, TrainConfig, make_optimizer, update
 
 MODES = ("train", "prefill", "decode")
@@ -102,9 +104,9 @@ def run_profile(
 
     Raises: ValueError for a folder that holds a profile.
     """
+    check_folder("out", out)
     if (out / SUMMARY_FILE).exists():
         raise ValueError(f"out: expected a folder without a profile, got {out}")
-    out.mkdir(parents=True, exist_ok=True)
     cuda = device.type == "cuda"
     if cuda and config.memory:
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
@@ -112,6 +114,7 @@ def run_profile(
         torch.manual_seed(config.seed)
         with device:
             built = model()
+        out.mkdir(parents=True, exist_ok=True)
         built.to(device=device, dtype=DTYPES[config.dtype])
         work = _Work(built, config, device)
         with nullcontext() if config.compile else module_ranges(built):
@@ -131,8 +134,10 @@ def run_profile(
         "memory": memory,
     }
     summary["tokens_per_s"] = 1000 * work.tokens_per_step / summary["step_ms"]
-    write_kernels(out / KERNELS_FILE, summary)
-    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+    with naming(out / KERNELS_FILE):
+        write_kernels(out / KERNELS_FILE, summary)
+    with naming(out / SUMMARY_FILE):
+        (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -256,15 +261,23 @@ def _trace_steps(work: _Work, config: ProfileConfig, device: torch.device, out: 
                 _synchronize(device)
             profiler.step()
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(raw))
+        raw = _export(profiler, Path(folder))
         path = out / TRACE_FILE
-        with raw.open("rb") as source, gzip.open(path, "wb", compresslevel=5) as target:
+        with naming(path), raw.open("rb") as source, gzip.open(path, "wb", compresslevel=5) as target:
             shutil.copyfileobj(source, target)
     logs = out / TENSORBOARD
     logs.mkdir(exist_ok=True)
     shutil.copyfile(path, logs / f"{socket.gethostname()}_{os.getpid()}.{time.time_ns()}.pt.trace.json.gz")
     return path
+
+
+def _export(profiler: profile, folder: Path) -> Path:
+    """The trace as torch writes it. Raises OSError where it does not: it only logs what went wrong."""
+    raw = folder / "trace.json"
+    profiler.export_chrome_trace(str(raw))
+    if not raw.exists():
+        raise OSError(errno.EIO, "torch could not write the trace: is the disk full?", str(raw))
+    return raw
 
 
 def _trace_memory(work: _Work, device: torch.device, out: Path) -> dict[str, Any]:
@@ -282,10 +295,10 @@ def _trace_memory(work: _Work, device: torch.device, out: Path) -> dict[str, Any
     with profile(activities=_activities(device), profile_memory=True) as profiler:
         work.step()
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(raw))
+        raw = _export(profiler, Path(folder))
         memory = summarize_memory(read_events(raw))
-    (out / MEMORY_FILE).write_text(json.dumps(memory) + "\n")
+    with naming(out / MEMORY_FILE):
+        (out / MEMORY_FILE).write_text(json.dumps(memory) + "\n")
     return {key: memory[key] for key in ("peak_bytes", "allocated_at_peak")} | {"file": MEMORY_FILE}
 
 
