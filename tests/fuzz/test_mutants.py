@@ -31,5 +31,5 @@ def test_only_the_copy_has_the_error(tmp_path):
 
 
 def test_an_error_whose_text_is_gone_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected its text once in config.py, got 0 times"):
+    with pytest.raises(ValueError, match=r"expected its text once in config\.py, got 0 times"):
         mutants.plant(PLANTED[0]._replace(file="config.py"), tmp_path)
