@@ -429,6 +429,10 @@ def warm_up(names: list[str], jobs: int) -> None:
         list(pool.map(work, parts))
 
 
+PLACE = r"at (?:0x[0-9a-f]+ in (?:\S+\.\w+:\d+:)?)?(?:void )?(?!0x)([\w:]+)"
+"""How a remark names its kernel: `at kernel+0x1a0 in file.py:88`, or `at 0x1a0 in file.py:88:kernel`."""
+
+
 class Remark(NamedTuple):
     """A remark of the tool: the kernel it is about, or where none is named the call of the host, and its first line."""
 
@@ -444,14 +448,14 @@ def read_remarks(log: Iterable[str]) -> list[Remark]:
             continue
         text = line[9:]
         if text.startswith("     "):
-            kernel = re.match(r"\s+(?:and \w+ Access )?at (?:0x[0-9a-f]+ in )?(?:\S+\.\w+:\d+:)?([\w:<>]+)", text)
+            kernel = re.match(rf"\s+{PLACE}", text)
             if kernel and remarks and remarks[-1].where == "the host":
                 remarks[-1] = remarks[-1]._replace(where=kernel[1])
             continue
         text = text.strip()
         if re.match(r"COMPUTE-SANITIZER|.*SUMMARY:|Target application returned", text):
             continue
-        kernel = re.search(r"[Aa]ccess at (?:0x[0-9a-f]+ in )?(?:\S+\.\w+:\d+:)?([\w:<>]+)", text)
+        kernel = re.search(rf"[Aa]ccess {PLACE}", text)
         remarks.append(Remark(kernel[1] if kernel else "the host", text))
     return remarks
 
