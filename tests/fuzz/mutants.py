@@ -274,7 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, closing(Bench(options, Path(folder))) as bench:
 
         def run(mutant: Mutant) -> Outcome:
-            found = bench.run(mutant)
+            try:
+                found = bench.run(mutant)
+            except Exception as error:  # of planting or drawing: the others go on
+                found = Outcome(mutant.name, mutant.size, "broken", 0, 0.0, f"{type(error).__name__}: {error}", "")
             print(f"{found.name}: {found.verdict} after {found.cases} cases, {found.seconds:.0f} s", flush=True)
             return found
 
