@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 from torch import Tensor
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -17,12 +18,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nsa_compile.custom_ops import kernels
 
 
-def find_kernels() -> set[str]:
-    """Names "file.kernel" of all Triton (not Gluon) functions that are launched: those whose name ends in _kernel."""
+def find_kernels(*, gluon: bool = False) -> set[str]:
+    """Names "file.kernel" of all Triton functions that are launched: those whose name ends in _kernel.
+
+    Those in Gluon are among them only where `gluon`.
+    """
+    kinds: tuple[type, ...] = (JITFunction, InterpretedFunction, *([GluonJITFunction] if gluon else []))
     found = set()
     for module in pkgutil.iter_modules(kernels.__path__):
         members = vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).values()
-        found |= {kernel_name(x) for x in members if type(x) in (JITFunction, InterpretedFunction)}
+        found |= {kernel_name(x) for x in members if type(x) in kinds}
     return {name for name in found if name.endswith("_kernel")}
 
 
