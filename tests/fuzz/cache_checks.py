@@ -37,9 +37,10 @@ def draw_family(rng: random.Random, size: str = "gpu") -> dict[str, Any]:
 
 def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """What is done with the model's cache: everything else follows from the seed."""
-    rows, most = rng.randint(1, 4), {"gpu": 24, "cpu": 14, "interpreter": 4}[family["size"]]
+    tiny = family["size"] == "interpreter"
+    rows, most = rng.randint(1, 2 if tiny else 4), {"gpu": 24, "cpu": 14, "interpreter": 3}[family["size"]]
     return {
-        "what": draws.weighted(rng, {"calls": 5, "decode": 3, "generate": 1}), "seed": rng.randrange(2**31),
+        "what": draws.weighted(rng, {"calls": 5, "decode": 0.5 if tiny else 3, "generate": 0 if tiny else 1}), "seed": rng.randrange(2**31),
         "rows": rows, "capacity": max(4, subjects.draw_length(family, rows + 3, rng)),
         "calls": rng.randint(min(4, most), most), "sharp": subjects.draw_sharpness(family, rng),
         "alphabet": subjects.draw_alphabet(rng), "poison": rng.choice(("none", "nan", "mixed")),
@@ -80,7 +81,7 @@ def int32(values: list[int], device: str) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-# --- calls in any order ------------------------------------------------------------------------------------------------
+# --- calls in any order ----------------------------------------------------------------------------------------------
 
 
 def calls(
@@ -197,7 +198,7 @@ class _Script:
         self.feed(cache, 1)
 
 
-# --- graphs -------------------------------------------------------------------------------------------------------------
+# --- graphs ----------------------------------------------------------------------------------------------------------
 
 
 def decode(
@@ -261,7 +262,7 @@ def serve(
         if case["drafts"] and rng.random() < 0.7:
             most = min(case["alphabet"], family["sizes"]["vocab_size"])
             guesses = torch.randint(-1, most, (b, case["drafts"]), generator=gen).to(device)
-        graph.step(rng.randint(1, 9), drafts=guesses)
+        graph.step(rng.randint(1, 2 if family["size"] == "interpreter" else 9), drafts=guesses)
         if rng.random() < 0.15 and running:
             graph.cancel(rng.choice(sorted(running)))
         for update in graph.collect():
@@ -316,7 +317,7 @@ def draw_alone(logits: Tensor, state: dict[str, Any], position: int) -> int:
     )  # fmt: skip
 
 
-# --- generation ---------------------------------------------------------------------------------------------------------
+# --- generation ------------------------------------------------------------------------------------------------------
 
 
 def generation(

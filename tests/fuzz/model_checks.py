@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import draws
@@ -103,7 +104,7 @@ class Rows(NamedTuple):
     def of(cls, layout: str, call: dict[str, Any], device: str) -> Rows:
         t, told = call["t"], call["rows"]
         if layout == "packed":
-            spans = [(start, stop - start) for start, stop in zip(told, told[1:], strict=False) if stop > start]
+            spans = [(start, stop - start) for start, stop in pairwise(told) if stop > start]
             options = {"cu_seqlens": draws.ints(told, device)}
             return cls(1, t, [n for _, n in spans], [(0, start) for start, _ in spans], options)
         options = {"lengths": draws.ints(told, device)} if layout == "lengths" else {}
@@ -173,7 +174,7 @@ def same_choices(one: list[Tensor], other: list[Tensor]) -> list[str]:
     return [] if same else ["a second call with the same inputs chose other blocks"]
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
+# --- model -----------------------------------------------------------------------------------------------------------
 
 
 def draw_batch(rows: Rows, family: dict[str, Any], case: dict[str, Any], device: str) -> Tensor:
@@ -218,7 +219,7 @@ def check_model(
     return failures if torch.equal(ids, kept) else [*failures, "the ids were changed"]
 
 
-# --- layer ------------------------------------------------------------------------------------------------------------
+# --- layer -----------------------------------------------------------------------------------------------------------
 
 
 def check_layer(
@@ -257,13 +258,12 @@ def check_layer(
     if not draws.same_bits(x.detach(), kept):
         failures.append("the input was changed")
     if case["isolate"] and len(rows.lengths) > 1:
-        failures += check_isolation(call, rows, case, kept, grad, y, x.grad, gen)
+        failures += check_isolation(call, rows, case, kept, grad, y.detach(), x.grad)
     return failures
 
 
 def check_isolation(
     call: Callable[..., Tensor], rows: Rows, case: dict[str, Any], x: Tensor, grad: Tensor, y: Tensor, grad_x: Tensor,
-    gen: torch.Generator,
 ) -> list[str]:  # fmt: skip
     """Failures of a call in which one sequence is NaN: the others' outputs and gradients stay what they were."""
     number = case["seed"] % len(rows.lengths)
@@ -273,14 +273,14 @@ def check_isolation(
     again = call(broken, **rows.options, branch=case["branch"])
     again.backward(grad)
     failures = []
-    for what, one, other in (("outputs", y, again), ("gradient of x", grad_x, broken.grad)):
+    for what, one, other in (("outputs", y, again.detach()), ("gradient of x", grad_x, broken.grad)):
         for i, (a, b) in enumerate(zip(rows.take(one), rows.take(other), strict=True)):
             if i != number and not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max())):
                 failures.append(f"{what} of sequence {i} are not what they were where sequence {number} is NaN")
     return failures
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
+# --- transformers ----------------------------------------------------------------------------------------------------
 
 
 def check_hf(

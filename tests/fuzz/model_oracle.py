@@ -166,7 +166,7 @@ def next_token_loss(logits: Tensor, ids: Tensor, lengths: Sequence[int]) -> Tens
     return entropies.masked_fill(~counted, 0.0).sum()
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def stack_rows(rows: Sequence[Tensor], value: int | float = 0) -> Tensor:
@@ -179,7 +179,7 @@ def inside(lengths: Sequence[int], device: torch.device | str) -> Tensor:
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-# --- judgements -------------------------------------------------------------------------------------------------------
+# --- judgements ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ BOUNDS = {
 
 
 def compare(name: str, actual: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, unit: float = 0) -> list[str]:
-    """Failures of the three-way bound for tensors of one shape; `unit` is the least size that numbers are taken to have.
+    """Failures of the three-way bound for tensors of one shape; `unit` is the least size they are taken to have.
 
     Root mean square and largest error are at most twice (four times) those of the plain computation, plus some units
     of precision of the numbers' size, which is all of it that a few numbers can tell.

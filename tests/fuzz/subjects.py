@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nsa_compile import NSAConfig, NSALanguageModel
 
 DTYPES = draws.DTYPES
-CELLS = {"gpu": 6e7, "cpu": 3e5, "interpreter": 8e3}
+CELLS = {"gpu": 6e7, "cpu": 3e5, "interpreter": 3e3}
 """Most cells of the dense masks of all rows and heads, by where a family runs."""
 
 
@@ -79,7 +79,7 @@ def compiled(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int, sharp: float) -> None:
-    """Random weights everywhere, those that start at zero included; attention is the less uniform the larger `sharp`."""
+    """Random weights everywhere, those that start at zero included; large `sharp` makes attention far from uniform."""
     for number, (name, weight) in enumerate(module.named_parameters()):
         width = weight[0].numel() if weight.ndim > 1 else 1
         scale = sharp if name.endswith("W_Q.weight") else 1.0
