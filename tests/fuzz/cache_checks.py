@@ -40,7 +40,8 @@ def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     tiny = family["size"] == "interpreter"
     rows, most = rng.randint(1, 2 if tiny else 4), {"gpu": 24, "cpu": 14, "interpreter": 3}[family["size"]]
     return {
-        "what": draws.weighted(rng, {"calls": 5, "decode": 0.5 if tiny else 3, "generate": 0 if tiny else 1}), "seed": rng.randrange(2**31),
+        "what": draws.weighted(rng, {"calls": 5, "decode": 0.5 if tiny else 3, "generate": 0 if tiny else 1}),
+        "seed": rng.randrange(2**31),
         "rows": rows, "capacity": max(4, subjects.draw_length(family, rows + 3, rng)),
         "calls": rng.randint(min(4, most), most), "sharp": subjects.draw_sharpness(family, rng),
         "alphabet": subjects.draw_alphabet(rng), "poison": rng.choice(("none", "nan", "mixed")),
@@ -101,7 +102,7 @@ def calls(
             script.feed(cache, STEP)
             back = [rng.randint(0, n - m) for n, m in zip(cache.host_lengths, before, strict=True)]
             most = [max(0, min(n, n + STEP - p)) for n, p in zip(cache.host_lengths, cache.host_peaks, strict=True)]
-            further = [min(m, n + rng.choice((0, 0, 2, 8))) for n, m in zip(back, most, strict=True)]
+            further = [min(m, n + rng.choice((0, 0, 2, STEP, STEP))) for n, m in zip(back, most, strict=True)]
             cache.rollback(further)
         elif action == "reset":
             rows = sorted(rng.sample(range(b), rng.randint(1, b)))
@@ -126,7 +127,9 @@ def calls(
                 cache = twin
         else:
             script.pass_capacity(cache)
-    script.fill(cache)
+    row = script.fill(cache)
+    if torch.device(device).type == "cuda" or not recorder.runs_eagerly:
+        script.overrun(cache, row)
     return recorder, script.failures
 
 
@@ -186,8 +189,8 @@ class _Script:
         if cache.host_lengths != held or not same:
             self.failures.append("what was refused has written to the cache")
 
-    def fill(self, cache: NSACache) -> None:
-        """Fill a row up to the capacity, the last tokens one by one; the others may idle."""
+    def fill(self, cache: NSACache) -> int:
+        """Fill a row up to the capacity, the last tokens one by one; the others may idle. Returns the row."""
         row = self.rng.randrange(cache.batch)
         room = cache.capacity - cache.host_lengths[row]
         single = min(room, self.rng.randint(1, 4))
@@ -196,6 +199,15 @@ class _Script:
             counts[row] = n
             self.feed(cache, n, counts)
         self.feed(cache, 1)
+        return row
+
+    def overrun(self, cache: NSACache, row: int) -> None:
+        """Where the host cannot see the positions, a full row that is driven on gives NaN."""
+        t = self.rng.randint(1, min(STEP, cache.capacity))
+        counts = [t if r == row else 0 for r in range(cache.batch)]
+        logits = self.recorder.call(self.ids(cache.batch, t), cache=cache, lengths=int32(counts, self.device))
+        if not bool(logits[row].isnan().all()):
+            self.failures.append(f"tokens past the capacity of {cache.capacity} got numbers")
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Recorder(nn.Module):
     def __init__(self, model: NSALanguageModel, run: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self._run = [model if run is None else run]
+        self.call: Callable[..., Tensor] = model if run is None else run
         self.caches: list[NSACache] = []
         self.held: dict[int, list[Text]] = {}
         self.left: list[Text] = []
@@ -87,7 +87,7 @@ class Recorder(nn.Module):
         b, t = ids.shape
         starts = cache.positions.tolist()
         with recorded_choices() as chosen:
-            logits = self._run[0](ids, cache=cache, lengths=lengths, last_only=last_only)
+            logits = self.call(ids, cache=cache, lengths=lengths, last_only=last_only)
         counts = [t] * b if lengths is None else lengths.tolist()
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         layers = len(cache.layers) if self.config.attention == "nsa" else 0

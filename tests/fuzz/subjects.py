@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nsa_compile import NSAConfig, NSALanguageModel
 
 DTYPES = draws.DTYPES
-CELLS = {"gpu": 6e7, "cpu": 3e5, "interpreter": 3e3}
+CELLS = {"gpu": 1.5e7, "cpu": 3e5, "interpreter": 3e3}
 """Most cells of the dense masks of all rows and heads, by where a family runs."""
 
 
@@ -32,7 +32,8 @@ def draw_family(rng: random.Random, size: str) -> dict[str, Any]:
     sizes = {
         "dim": rng.choice((8, 24, 32, 48, 64)), "n_heads": g * h, "n_kv_groups": g,
         "d_k": 2 * (draws.width(rng, most) // 2), "d_v": draws.width(rng, most), "l": l, "d": d, "l_sel": l_sel,
-        **draws.selection(rng, 6 if tiny else 12), "w": draws.log_uniform(rng, 1, 12 if tiny else 200),
+        **draws.selection(rng, 6 if tiny else 12),
+        "w": draws.log_uniform(rng, 1, {"gpu": 200, "cpu": 60, "interpreter": 12}[size]),
         "phi": rng.choice(("avg", "mlp")), "gate": rng.choice(("softmax", "sigmoid")),
         "gate_hidden": rng.choice((None, None, 1, 7)), "gate_temperature": rng.choice((1.0, 1.0, 0.25, 3.0)),
         "tie_kv": rng.random() < 0.3, "rope_theta": rng.choice((10000.0, 10000.0, 500.0, 1e6)),
