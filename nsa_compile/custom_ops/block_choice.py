@@ -10,6 +10,7 @@ from nsa_compile.custom_ops.compression import check_compressed_placement
 from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import compressed_pairs
+from nsa_compile.custom_ops.transforms import pass_no_gradient
 from nsa_compile.ops import selection as reference
 from nsa_compile.ops.attend import compute_dtype, default_scale
 from nsa_compile.ops.checks import check_blocks, check_heads, check_layout, check_selected, check_tensor
@@ -87,6 +88,9 @@ def _select_blocks(
 @_select_blocks.register_fake
 def _(q, k_cmp, lse, l, d, l_sel, n_sel, init_blocks, local_blocks, q_start, cu_seqlens, scale, impl):
     return q.new_empty(q.shape[0], q.shape[1], k_cmp.shape[2], n_sel, dtype=torch.int32)
+
+
+pass_no_gradient(_select_blocks)
 
 
 @register_flop_formula(torch.ops.nsa_compile.select_blocks)

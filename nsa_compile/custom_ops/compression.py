@@ -16,6 +16,7 @@ from nsa_compile.custom_ops.registration import (
     empty_contiguous,
     register_attention_flops,
 )
+from nsa_compile.custom_ops.transforms import attach_autograd
 from nsa_compile.ops import compression as reference
 from nsa_compile.ops.attend import default_scale
 from nsa_compile.ops.checks import check_blocks, check_heads, check_layout, check_placement
@@ -88,7 +89,18 @@ def _compress_mean_gradient(ctx, grad):
     return grad_k, None, None, None, None
 
 
-_compress_mean.register_autograd(_compress_mean_gradient, setup_context=_compress_mean_context)
+def _compress_mean_backward_context(ctx, inputs, output):
+    _, _, ctx.l, ctx.d, cu_seqlens, ctx.impl = inputs
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _compress_mean_backward_gradient(ctx, grad):  # a linear op's gradient has the op as its own
+    (cu_seqlens,) = ctx.saved_tensors
+    return torch.ops.nsa_compile.compress_mean(grad, ctx.l, ctx.d, cu_seqlens, ctx.impl), *(None,) * 5
+
+
+attach_autograd(_compress_mean, _compress_mean_gradient, _compress_mean_context)
+attach_autograd(_compress_mean_backward, _compress_mean_backward_gradient, _compress_mean_backward_context)
 
 
 @register_flop_formula(torch.ops.nsa_compile.compress_mean)
@@ -206,7 +218,7 @@ def _(grad_o, grad_lse, o, lse, q, k_cmp, v_cmp, l, d, q_start, cu_seqlens, scal
     return empty_contiguous(q, k_cmp, v_cmp)
 
 
-attach_gradient(_compressed_attention, torch.ops.nsa_compile.compressed_attention_backward)
+attach_gradient(_compressed_attention, _compressed_attention_backward)
 register_attention_flops(
     torch.ops.nsa_compile.compressed_attention,
     torch.ops.nsa_compile.compressed_attention_backward,

@@ -1,9 +1,12 @@
 """The op of the cross-entropy of a linear head: its forward computes the gradients too, chunk by chunk."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nsa_compile.custom_ops.transforms import attach_autograd
 from nsa_compile.ops import cross_entropy as reference
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_int, check_layout, check_tensor, values_are_visible
@@ -58,16 +61,26 @@ def _(x, weight, target, chunk, keep):
 
 
 def _keep_gradients(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], *inputs[:3])
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, grad, *none):
-    grad_x, grad_weight = ctx.saved_tensors
+def _gradient(ctx, grad, *second):
+    grad_x, grad_weight, x, weight, target = ctx.saved_tensors
+    if any(y is not None for y in second):  # double backward: the gradients are outputs, too
+        call = partial(reference.traceable_cross_entropy, target=target)
+        outputs, pull = torch.func.vjp(call, x, weight)
+        given = (torch.zeros_like(o) if y is None else y for o, y in zip(outputs, (grad, *second), strict=True))
+        return *pull(tuple(given)), None, None, None
+    if grad is None:
+        return (None,) * 5
     return *((y * grad).to(y.dtype) for y in (grad_x, grad_weight)), None, None, None
 
 
-_linear_cross_entropy.register_autograd(_gradient, setup_context=_keep_gradients)
+attach_autograd(
+    _linear_cross_entropy, _gradient, _keep_gradients, fold=False,
+    forward_mode=lambda x, weight, target, chunk, keep: reference.traceable_cross_entropy(x, weight, target),
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.nsa_compile.linear_cross_entropy)

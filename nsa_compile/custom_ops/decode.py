@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_compile.custom_ops.dispatch import resolve_impl, runs_triton
 from nsa_compile.custom_ops.ranges import in_range
+from nsa_compile.custom_ops.transforms import refuse_transforms
 
 
 @torch.library.custom_op("nsa_compile::cache_append", mutates_args=("buffer",))
@@ -131,3 +132,7 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, k_emitted, v_emitted, gates, 
     n_sel = rest[-6]
     blocks = q.new_empty(*q.shape[:2], k_slc.shape[2], n_sel, dtype=torch.int32)
     return q.new_empty(*q.shape[:3], v_slc.shape[-1]), blocks
+
+
+for op in (cache_append, cache_write, cache_recall, decode_attention):
+    refuse_transforms(op)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import empty_contiguous
+from nsa_compile.custom_ops.transforms import attach_autograd, attach_double_backward
 from nsa_compile.ops import gating as reference
 from nsa_compile.ops.checks import check_layout
 
@@ -76,7 +77,8 @@ def _gated_sum_gradient(ctx, grad):
     return *torch.ops.nsa_compile.gated_sum_backward(grad, *ctx.saved_tensors, ctx.impl), None
 
 
-_gated_sum.register_autograd(_gated_sum_gradient, setup_context=_gated_sum_context)
+attach_autograd(_gated_sum, _gated_sum_gradient, _gated_sum_context)
+attach_double_backward(_gated_sum_backward, _gated_sum, lambda args: ((0,), (1, 2, 3, 4, 5), args[1:]))
 
 
 @register_flop_formula(torch.ops.nsa_compile.gated_sum)

@@ -10,6 +10,7 @@ from nsa_compile.custom_ops.dispatch import runs_triton
 from nsa_compile.custom_ops.ranges import in_range
 from nsa_compile.custom_ops.registration import empty_attention, empty_contiguous
 from nsa_compile.custom_ops.selection import selected_pairs
+from nsa_compile.custom_ops.transforms import attach_autograd, attach_double_backward
 from nsa_compile.ops import gating, selection
 from nsa_compile.ops.attend import default_scale
 from nsa_compile.ops.checks import (
@@ -137,7 +138,12 @@ def _selected_mixture_gradient(ctx, grad, *_):
     return d_q, d_k, d_v, None, d_cmp, d_win, d_gates, *(None,) * 6
 
 
-_selected_mixture.register_autograd(_selected_mixture_gradient, setup_context=_selected_mixture_context)
+attach_autograd(_selected_mixture, _selected_mixture_gradient, _selected_mixture_context)
+attach_double_backward(
+    _selected_mixture_backward,
+    _selected_mixture,
+    lambda args: ((0,), (*range(3, 14), -1, 14), (*args[3:14], False, args[14])),
+)
 
 
 @register_flop_formula(torch.ops.nsa_compile.selected_mixture)

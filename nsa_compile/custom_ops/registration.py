@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nsa_compile.custom_ops.transforms import attach_autograd, attach_double_backward
 from nsa_compile.ops.attend import compute_dtype
 
 
@@ -19,8 +20,9 @@ def empty_contiguous(*like: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in like)
 
 
-def attach_gradient(op: Any, backward_op: Any) -> None:
-    """Make `op(q, k, v, ...) -> (o, lse)` differentiable by `backward_op(grad_o, grad_lse, o, lse, q, k, v, ...)`.
+def attach_gradient(op: Any, backward: Any) -> None:
+    """Make `op(q, k, v, ...) -> (o, lse)` differentiable by the op
+    `backward(grad_o, grad_lse, o, lse, q, k, v, ...)`.
 
     An unused LSE reaches the backward op as `grad_lse = None`, not as zeros.
     """
@@ -33,10 +35,11 @@ def attach_gradient(op: Any, backward_op: Any) -> None:
     def gradient(ctx, grad_o, grad_lse):
         o, lse, *tensors = ctx.saved_tensors
         inputs = (option if x is None else x for x, option in zip(tensors, ctx.options, strict=True))
-        grads = backward_op(torch.zeros_like(o) if grad_o is None else grad_o, grad_lse, o, lse, *inputs)
+        grads = backward(torch.zeros_like(o) if grad_o is None else grad_o, grad_lse, o, lse, *inputs)
         return *grads, *(None,) * (len(tensors) - 3)
 
-    op.register_autograd(gradient, setup_context=save)
+    attach_autograd(op, gradient, save)
+    attach_double_backward(backward, op, lambda args: ((0, 1), tuple(range(4, len(args))), args[4:]))
 
 
 def causal_pairs(t: int, most: int, static: bool) -> int:

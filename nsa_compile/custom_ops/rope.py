@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from nsa_compile.custom_ops.decode import STEP
+from nsa_compile.custom_ops.transforms import pass_no_gradient
 from nsa_compile.ops import rope as reference
 from nsa_compile.ops.attend import compute_dtype
 from nsa_compile.ops.checks import check_tensor
@@ -62,3 +63,6 @@ def _rope_turns(positions: Tensor, half: int, theta: float, double: bool) -> tup
 def _(positions, half, theta, double):
     shape, dtype = (*positions.shape, half), torch.float64 if double else torch.float32
     return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)
+
+
+pass_no_gradient(_rope_turns, fold=False)

@@ -109,7 +109,7 @@ def selected_pairs(q, k, v, block_indices, l_sel: int, q_start: object) -> int:
     return causal_pairs(q[1], min(block_indices[-1] * l_sel, k[1]), q_start is not None)
 
 
-attach_gradient(_selected_attention, torch.ops.nsa_compile.selected_attention_backward)
+attach_gradient(_selected_attention, _selected_attention_backward)
 register_attention_flops(
     torch.ops.nsa_compile.selected_attention,
     torch.ops.nsa_compile.selected_attention_backward,

@@ -101,7 +101,7 @@ def _(grad_o, grad_lse, o, lse, q, k, v, w, q_start, cu_seqlens, scale, impl):
     return empty_contiguous(q, k, v)
 
 
-attach_gradient(_window_attention, torch.ops.nsa_compile.window_attention_backward)
+attach_gradient(_window_attention, _window_attention_backward)
 register_attention_flops(
     torch.ops.nsa_compile.window_attention,
     torch.ops.nsa_compile.window_attention_backward,

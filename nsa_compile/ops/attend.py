@@ -60,14 +60,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tu
     alone; a value it sees makes its output NaN.
     """
     scores = masked_scores(q, k, visible, scale)
-    largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
+    # a shift of all scores changes nothing, so it needs no derivative
+    top = scores.detach()
+    largest = top.amax(-1, keepdim=True) if top.shape[-1] else top.new_zeros(*top.shape[:-1], 1)
     largest = largest.masked_fill(largest == float("-inf"), 0.0)
     p = torch.exp(scores - largest)
     total = p.sum(-1, keepdim=True)
-    o = einsum(p, finite(v), f"b t g h s, {key_axes(v)} d -> b t g h d") / total.masked_fill(total == 0, 1.0)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    o = einsum(p, finite(v), f"b t g h s, {key_axes(v)} d -> b t g h d") / total
     broken = rearrange(~v.isfinite().all(-1), "b s g -> b 1 g s" if v.ndim == 4 else "b t g s -> b t g s")
     o = o.masked_fill((visible & broken).any(-1)[..., None, None], float("nan"))
-    return o, (largest + total.log()).squeeze(-1)
+    return o, (largest + total.log()).masked_fill(nothing, float("-inf")).squeeze(-1)
 
 
 def finite(x: Tensor) -> Tensor:

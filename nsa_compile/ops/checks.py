@@ -174,4 +174,6 @@ def check_lengths(lengths: object, b: int, t: int, device: torch.device) -> None
 
 def values_are_visible(x: Tensor) -> bool:
     """Whether looking at values is free: a real CPU tensor in eager mode (a look at the device would stop the host)."""
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)

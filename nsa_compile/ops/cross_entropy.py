@@ -41,3 +41,13 @@ def linear_cross_entropy(
             torch.mm(grad, weight, out=grad_x[part])
             grad_weight += grad.mT @ rows
     return total, grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def traceable_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_cross_entropy` and its gradients from all logits at once, by operations that have derivatives."""
+    counted, index = (target >= 0).unsqueeze(-1), target.clamp_min(0).unsqueeze(-1)
+    log_p = torch.log_softmax((x @ weight.mT).to(compute_dtype(x)), dim=-1)
+    total = -torch.where(counted, log_p.gather(-1, index), 0.0).sum()
+    own = torch.arange(weight.shape[0], device=x.device) == index
+    grad = torch.where(counted, log_p.exp() - own.to(log_p.dtype), 0.0).to(x.dtype)
+    return total, grad @ weight, grad.mT @ x
