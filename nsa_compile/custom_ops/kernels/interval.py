@@ -180,7 +180,7 @@ def _interval_dkv_range(
         if not WHOLE:  # rows that hold NaN or infinity become 0: they may not meet keys that they do not see
             start = tl.load(key_start + token, mask=live, other=0)
             end = tl.load(key_end + token, mask=live, other=0)
-            live = live & (start < end) & (lse2_row < float("inf"))
+            live = live & (lse2_row < float("inf"))
         if BOX:
             q_tile = load_queries(q_tiles, b, start_row // H, g * H + start_row % H, BM, DK)
             go_tile = load_queries(go_tiles, b, start_row // H, g * H + start_row % H, BM, DV)
