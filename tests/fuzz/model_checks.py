@@ -338,7 +338,8 @@ def check_hf(
         for loss in losses:
             loss.backward()
         out.loss.backward()
-        failures += compare("loss", out.loss * targets, losses[0], losses[1], twins.dtype, unit=float(losses[0]))
-        named = hf.to_language_model().named_parameters()
-        failures += twins.compare_gradients({name: p.grad for name, p in named}, targets)
+        failures += compare("loss", out.loss.detach() * targets, losses[0], losses[1], twins.dtype, unit=float(losses[0]))
+        renamed = {"lm_head.weight": "head.weight", "model.embed_tokens.weight": "embed.weight"}
+        named = ((renamed.get(name, name.removeprefix("model.")), p.grad) for name, p in hf.named_parameters())
+        failures += twins.compare_gradients(dict(named), targets)
     return failures
