@@ -1,7 +1,8 @@
 """Stand-ins for both versions of flash-attn: the functions that the package calls, with their real signatures.
 
 They compute in torch with the masks that flash-attn documents (causal and windows aligned at the last key), assert what
-the real ones assert of their arguments, and leave NaN wherever the real ones leave memory unwritten.
+the real ones assert of their arguments, and leave NaN wherever the real ones leave memory unwritten. Where those
+multiply what is hidden in a tile by 0, which may reach into another sequence, they assert that it is finite.
 """
 
 import math
@@ -27,7 +28,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int | None, righ
     """o [t, n, d_v] and LSE [n, t] of one sequence."""
     scores = masked_scores(q, k, scale, left, right)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return torch.einsum("nts,snx->tnx", scores.softmax(-1), v.float()), scores.logsumexp(-1)
+    lse = scores.logsumexp(-1)
+    return torch.einsum("nts,snx->tnx", scores.softmax(-1), v.float()), lse.masked_fill(lse.isnan(), -math.inf)
 
 
 def attend_backward(q, k, v, dout, lse, delta, scale, left, right):
@@ -47,7 +49,6 @@ def sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: T
     if cu_seqlens_q is None:
         return [(b, b) for b in range(q.shape[0])]
     for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k)):
-        assert x.isfinite().all(), "a tile may reach past the last sequence"
         assert x.ndim == 3 and cu.dtype == torch.int32 and cu.stride(0) == 1
         assert cu.min() >= 0 and cu.max() <= x.shape[0] and (cu.diff() >= 0).all()
     pairs = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
@@ -56,6 +57,7 @@ def sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: T
 
 def forward(q, k, v, scale, causal, left, right, cu_q=None, cu_k=None, out=None, lse=None):
     check(q, k, v)
+    assert v.isfinite().all(), "hidden values are multiplied by 0"
     right = 0 if causal else right
     if out is None:
         out = q.new_full((*q.shape[:-1], v.shape[-1]), math.nan)
@@ -81,7 +83,8 @@ def backward(dout, q, k, v, out, lse, dq, dk, dv, scale, causal, left, right, cu
     if cu_q is None:
         for x in (dq, dk, dv):
             x.fill_(math.nan)
-    assert cu_q is None or (out.isfinite().all() and dout.isfinite().all())
+    inputs = (dout, q, k, v, out, lse, *(() if dlse is None else (dlse,)))
+    assert all(x.isfinite().all() for x in inputs), "hidden pairs are multiplied by 0"
     for at_q, at_k in sequences(q, k, cu_q, cu_k):
         saved = lse[at_q] if cu_q is None else lse[:, at_q]
         delta = (dout[at_q].float() * out[at_q].float()).sum(-1).T

@@ -3,12 +3,14 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cases import int32
 from flash_standins import Calls, flash_attn_2, flash_attn_4
+from poisons import BRANCHES, SMALL, SMALL_LAYOUTS, Setup, check_isolation
 from torch.library import opcheck
 
 import nsa_compile
@@ -154,6 +156,18 @@ def test_nan_after_the_last_sequence_stays_there(standins, version):
         assert not o[:, 38:].any() and torch.isneginf(lse[:, 38:]).all()
         grads = torch.autograd.grad(o, leaves, grad)
         assert all(x.isfinite().all() for x in (o, *grads)) and not grads[0][:, 38:].any()
+
+
+@VERSIONS
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+@pytest.mark.parametrize("name", ["window_attention", "compressed_attention"])
+def test_nan_and_infinity_stay_where_they_may_be(standins, name, layout, version):
+    standins.install(version)
+    branch, shape = BRANCHES[name], replace(SMALL, g=2, d_v=8)
+    if version == 2:  # which has no gradient through the LSE
+        call = branch.call
+        branch = branch._replace(outputs={"o": "query"}, call=lambda *x, **how: call(*x, **how)[:1])
+    check_isolation(branch, Setup("flash", torch.float32, shape, {}), SMALL_LAYOUTS[layout])
 
 
 @VERSIONS

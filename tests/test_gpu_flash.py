@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import int32
+from poisons import BRANCHES, LAYOUTS, Setup, check_isolation, paper
 from torch import Tensor
 
 from nsa_compile import compress_mean, compressed_attention, nsa_attention, num_cmp, window_attention
@@ -230,6 +231,19 @@ def test_nan_after_the_last_sequence_stays_there():
     assert not o[:, t - 7 :].any() and torch.isneginf(lse[:, t - 7 :]).all()
     grads = torch.autograd.grad(o, leaves, grad)
     assert all(x.isfinite().all() and not x[:, t - 7 :].any() for x in grads)
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+@pytest.mark.parametrize("name", ["window_attention", "compressed_attention"])
+def test_nan_and_infinity_stay_where_they_may_be(name, layout):
+    shape, where = paper(4, 128, 128), LAYOUTS[layout]
+    q, _, v, *_ = draw(where.t)
+    needs(q, v, backward=True, grad_lse=q[..., 0], fold=D)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        check_isolation(BRANCHES[name], Setup("flash", torch.bfloat16, shape, {}), where)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("arrange", ["heads-first", "channels-first", "one-head-for-all", "odd-offset"])

@@ -4,8 +4,9 @@ The window branch is its sliding window. Compressed attention becomes plain caus
 see nothing; of the others, d in a row see the same blocks, one more than the d before them, so a run of d queries
 stands as one query with d times the heads.
 
-Known difference from the other back ends: flash-attn multiplies hidden values of a tile by 0, so a NaN or infinity in
-one may spread to the queries before it, or to the packed sequence before.
+flash-attn multiplies what is hidden in a tile by 0, so that NaN and infinity there would spread to other queries, keys
+and packed sequences. It is not given them: values become finite, the keys of broken ones NaN, which reach the queries
+that see them and no others; gradients leave out broken queries, and what these reach becomes NaN afterwards.
 """
 
 import importlib
@@ -18,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from nsa_compile.ops.layout import query_layout, visible_slots
+from nsa_compile.ops.layout import query_layout, sequence_of, visible_slots
 
 DTYPES = (torch.bfloat16, torch.float16)
 PACKAGES = {4: "flash-attn-4", 2: "flash-attn"}
@@ -111,8 +112,7 @@ def pick_version(
     if q_start is not None:
         return Pick(
             0,
-            "flash-attn takes no q_start: it multiplies what a buffer holds after a row's end by 0, so that NaN there "
-            "would spread, and no query may stand past the last key",
+            "flash-attn takes no q_start: its queries end with the keys",
         )
     if q.shape[0] > GRID or q.shape[2] * fold > GRID:
         return Pick(0, f"flash-attn takes up to {GRID} rows and heads, not {q.shape[0]} and {q.shape[2] * fold}")
@@ -275,7 +275,9 @@ def call_forward(
     `ends` are the cumulative lengths of packed queries and of keys; what lies after them gets 0 and -inf.
     """
     module: Any = importlib.import_module(MODULES[version])
-    q, k, v = (aligned(x if ends is None else used_part(x, ends)) for x in (q, k, v))
+    q, k, v = (x if ends is None else used_part(x, ends) for x in (q, k, v))
+    k = k.masked_fill(~v.isfinite().all(-1, keepdim=True), float("nan"))
+    q, k, v = aligned(q), aligned(k), aligned(finite(v))
     left, t = None if window is None or window >= k.shape[-3] else window - 1, q.shape[-3]
     with torch.cuda.device_of(q):
         if version == 4:
@@ -302,19 +304,34 @@ def call_forward(
             else:
                 o, lse = module._flash_attn_varlen_forward(q, k, v, ends, ends, t, t, **options, zero_tensors=True)[:2]
     o, lse = (x if ends is None else x[None] for x in (o, lse))
-    return o.contiguous(), lse.transpose(1, 2).contiguous()
+    # the versions give broken queries infinities of either sign
+    return o.contiguous(), lse.transpose(1, 2).masked_fill(o[..., 0].isnan(), float("nan")).contiguous()
 
 
 def call_backward(
     version: int, grad_o: Tensor, grad_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *,
     window: int | None, ends: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients (dq, dk, dv) of `call_forward`, contiguous; those of what lies after `ends` are 0."""
+    """Gradients (dq, dk, dv) of `call_forward`, contiguous; those of what lies after `ends` are 0.
+
+    NaN where a query, its LSE or its gradients are broken, and in the keys and values that it sees.
+    """
     module: Any = importlib.import_module(MODULES[version])
-    q, k, v, o, grad_o = (aligned(x if ends is None else used_part(x, ends)) for x in (q, k, v, o, grad_o))
-    dlse, lse_ = (None if x is None else x.transpose(1, 2).contiguous() for x in (grad_lse, lse))
+    lowest, highest = grad_o.aminmax(dim=-1)
+    sound = lse.isfinite() & lowest.isfinite() & highest.isfinite()  # of a finite LSE the query is, too
+    if grad_lse is not None:
+        sound &= grad_lse.isfinite()
+    broken = ~sound & (lse != float("-inf"))
+    reached = reached_keys(broken, k.shape[2], window, ends)
+    dlse, lse_ = (None if x is None else x.masked_fill(~sound, 0.0).transpose(1, 2) for x in (grad_lse, lse))
+    q, o, grad_o = (x.masked_fill(~sound.unsqueeze(-1), 0.0) for x in (q, o, grad_o))
+    k, v = finite(k), finite(v)
     if ends is not None:
+        q, o, grad_o = (x[0] for x in (q, o, grad_o))
+        k, v = used_part(k, ends), used_part(v, ends)
         dlse, lse_ = (None if x is None else x[0] for x in (dlse, lse_))
+    q, k, v, o, grad_o = (aligned(x) for x in (q, k, v, o, grad_o))
+    dlse, lse_ = (None if x is None else x.contiguous() for x in (dlse, lse_))
     left, t = None if window is None or window >= k.shape[-3] else window - 1, q.shape[-3]
     grads = tuple(x.new_empty(x.shape) if ends is None else x.new_zeros(x.shape) for x in (q, k, v))
     options: dict[str, Any] = {
@@ -338,7 +355,29 @@ def call_backward(
             else:
                 module._flash_attn_varlen_backward(*inputs, ends, ends, t, t, **options, zero_tensors=True)
     dq, dk, dv = (x if ends is None else x[None] for x in grads)
+    for x, nan in ((dq, broken), (dk, reached), (dv, reached)):
+        x.masked_fill_(nan.unsqueeze(-1), float("nan"))
     return dq, dk, dv
+
+
+def reached_keys(broken: Tensor, g: int, window: int | None, ends: Tensor | None) -> Tensor:
+    """Keys [b, s, g] that any of the `broken` queries [b, t, g*h] sees, of s = t; arguments as in `call_forward`."""
+    t = broken.shape[1]
+    some = rearrange(broken, "b t (g h) -> b t g h", g=g).any(-1)
+    before = torch.nn.functional.pad(some.cumsum(1), (0, 0, 1, 0))
+    key = torch.arange(t, device=broken.device)
+    stop = torch.full_like(key, t)
+    if ends is not None:
+        ends = ends.long()
+        stop = ends[sequence_of(ends, key) + 1]
+    if window is not None:
+        stop = torch.minimum(stop, key + window)
+    return before[:, stop] > before[:, :-1]
+
+
+def finite(x: Tensor) -> Tensor:
+    """x with 0 for NaN and infinity."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def used_part(x: Tensor, ends: Tensor) -> Tensor:

@@ -226,9 +226,7 @@ def _row_slots(
 
 
 @gluon.jit
-def _clear_broken_rows(
-    q_shared, go_shared, starts, columns: gl.constexpr, q_rows: gl.constexpr, go_rows: gl.constexpr
-):
+def _clear_broken_rows(q_shared, go_shared, starts, columns: gl.constexpr, q_rows: gl.constexpr, go_rows: gl.constexpr):
     """Write 0 to the rows of the tiles q and dO in shared memory whose start [64] is NaN or infinite, if any is."""
     start = starts.load(columns)
     if gl.max(gl.where((start - start) == 0.0, 0, 1), 0) > 0:
@@ -346,8 +344,8 @@ def sum_keys_kernel(
         row_delta = gl.load(delta + token.to(gl.int64) * n + head, mask=live, other=0.0)
         mbarrier.wait(ready.index(i & 1), (i >> 1) & 1)
         q_shared, go_shared = q_buffers.index(i & 1).reshape([BM, DK]), go_buffers.index(i & 1).reshape([BM, DV])
-        masked = (row < gl.maximum(full_begin, begin)) | (row + BM > full_end)
         if not LISTED:
+            masked = (row < gl.maximum(full_begin, begin)) | (row + BM > full_end)
             if masked:  # rows whose LSE is no number, those of no key included: 0 * what they hold must be 0
                 _clear_broken_rows(q_shared, go_shared, lse_buffer, columns, q_rows, go_rows)
         scores = warpgroup_mma(k_shared, q_shared.permute((1, 0)), s_start, is_async=True)
