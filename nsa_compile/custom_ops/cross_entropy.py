@@ -69,7 +69,7 @@ def _gradient(ctx, grad, *second):
     grad_x, grad_weight, x, weight, target = ctx.saved_tensors
     if any(y is not None for y in second):  # double backward: the gradients are outputs, too
         call = partial(reference.traceable_cross_entropy, target=target)
-        outputs, pull = torch.func.vjp(call, x, weight)
+        outputs, pull = torch.func.vjp(call, x, weight)[:2]
         given = (torch.zeros_like(o) if y is None else y for o, y in zip(outputs, (grad, *second), strict=True))
         return *pull(tuple(given)), None, None, None
     if grad is None:
