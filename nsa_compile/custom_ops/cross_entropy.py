@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nsa_compile.custom_ops.transforms import attach_autograd
 from nsa_compile.ops import cross_entropy as reference
 from nsa_compile.ops.attend import compute_dtype
-from nsa_compile.ops.checks import check_int, check_layout, check_tensor, values_are_visible
+from nsa_compile.ops.checks import check_int, check_layout, check_tensor, has_shape, values_are_visible
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, chunk: in
     """
     sizes = check_layout({"x": (x, "n dim"), "weight": (weight, "vocab dim")})
     check_tensor("target", target)
-    if target.dtype != torch.int64 or target.shape != x.shape[:1]:
+    if target.dtype != torch.int64 or not has_shape(target, x.shape[0]):
         raise ValueError(f"target: expected int64 {tuple(x.shape[:1])}, got {target.dtype} {tuple(target.shape)}")
     if values_are_visible(target) and target.max() >= sizes["vocab"]:
         raise ValueError(f"target: expected values below {sizes['vocab']}, got {int(target.max())}")
