@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from nsa_compile.config import NSAConfig
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
-from nsa_compile.module import MLPCompressor
+from nsa_compile.module import MLPCompressor, impl_of, set_impl
 from nsa_compile.ops.checks import check_tensor, has_shape, values_are_visible
 from nsa_compile.rows import can_look, lay_out
 
@@ -255,6 +255,7 @@ class NsaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NsaBlock"]  # noqa: RUF012
     _can_compile_fullgraph = True
+    impl = property(impl_of, set_impl, doc="The implementation that its layers run; see `nsa_compile.set_impl`.")
 
     @classmethod
     def from_pretrained(
