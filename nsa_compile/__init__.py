@@ -17,7 +17,7 @@ from nsa_compile.graphs.decode import DecodeGraph, RowUpdate
 from nsa_compile.graphs.prefill import PrefillGraph
 from nsa_compile.graphs.program import export_program
 from nsa_compile.model import LlamaBlockNSA, NSALanguageModel
-from nsa_compile.module import GateMLP, NSAAttention
+from nsa_compile.module import GateMLP, NSAAttention, set_impl
 from nsa_compile.ops.gating import GateStatistics, gate_statistics
 from nsa_compile.ops.layout import num_cmp
 from nsa_compile.ops.sampling import sample
@@ -63,6 +63,7 @@ __all__ = [
     "select_blocks",
     "selected_attention",
     "selection_ranges",
+    "set_impl",
     "token_reads",
     "window_attention",
 ]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 PHI = ("avg", "mlp")
 GATES = ("softmax", "sigmoid")
 ATTENTION = ("nsa", "dense")
+IMPLS = ("auto", "reference", "triton", "flash")
 MODEL_ONLY = ("n_layers", "vocab_size", "attention", "tie_embeddings", "format_version")
 
 
@@ -90,7 +91,7 @@ class NSAConfig:
         self._expect("n_sel", self.n_sel >= forced, f"at least init_blocks + local_blocks = {forced}")
         self._expect("gate_temperature", self.gate_temperature > 0, "a positive number")
         self._expect("rope_theta", self.rope_theta > 0, "a positive number")
-        for name, choices in (("phi", PHI), ("gate", GATES), ("attention", ATTENTION)):
+        for name, choices in (("phi", PHI), ("gate", GATES), ("attention", ATTENTION), ("impl", IMPLS)):
             self._expect(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
         self._expect("format_version", self.format_version == self.FORMAT_VERSION, str(self.FORMAT_VERSION))
 

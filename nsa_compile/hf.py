@@ -23,8 +23,8 @@ from transformers.utils.generic import can_return_tuple
 from nsa_compile.config import NSAConfig
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
-from nsa_compile.module import MLPCompressor
-from nsa_compile.ops.checks import check_tensor, values_are_visible
+from nsa_compile.module import MLPCompressor, impl_of, set_impl
+from nsa_compile.ops.checks import check_tensor, has_shape, values_are_visible
 from nsa_compile.rows import can_look, lay_out
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -208,7 +208,7 @@ class NsaCache(Cache):
     def check_mask(self, mask: Tensor) -> None:
         """Raise ValueError for a mask [batch, n] of the cached columns that keeps other tokens than the cache holds."""
         kept, held = (mask != 0).sum(1), self.nsa.positions
-        if kept.shape != held.shape:
+        if not has_shape(kept, *held.shape):
             raise ValueError(f"{CACHE}: expected one of {len(kept)} rows as attention_mask has, got {len(held)}")
         message = f"attention_mask: expected as many tokens in the first {mask.shape[1]} columns as the cache holds"
         if not can_look(held):
@@ -255,6 +255,7 @@ class NsaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NsaBlock"]  # noqa: RUF012
     _can_compile_fullgraph = True
+    impl = property(impl_of, set_impl, doc="The implementation that its layers run; see `nsa_compile.set_impl`.")
 
     @classmethod
     def from_pretrained(

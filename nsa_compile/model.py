@@ -21,6 +21,8 @@ from nsa_compile.module import (
     PackedProjections,
     check_layer_input,
     check_row_layout,
+    impl_of,
+    set_impl,
     valid_tokens,
 )
 from nsa_compile.ops.checks import check_tensor, values_are_visible
@@ -106,6 +108,8 @@ class LlamaBlockNSA(nn.Module):
     Arguments are those of `NSAAttention`, or `config=` alone, whose `attention` may be "dense".
     """
 
+    impl = property(impl_of, set_impl, doc="The implementation that it runs; see `set_impl`.")
+
     def __init__(self, *args: int, config: NSAConfig | None = None, **kwargs) -> None:
         super().__init__()
         if config is not None and (args or kwargs):
@@ -132,6 +136,8 @@ class LlamaBlockNSA(nn.Module):
 
 class NSALanguageModel(nn.Module):
     """Decoder-only language model: embedding, `n_layers` blocks, RMSNorm, head."""
+
+    impl = property(impl_of, set_impl, doc="The implementation that its layers run; see `set_impl`.")
 
     def __init__(self, config: NSAConfig) -> None:
         super().__init__()

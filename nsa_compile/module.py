@@ -1,12 +1,15 @@
 """NSAAttention: Native Sparse Attention as a layer, with its gate and its compressors."""
 
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-from nsa_compile.config import NSAConfig
+from nsa_compile.config import IMPLS, NSAConfig
 from nsa_compile.custom_ops.compression import compress_mean
 from nsa_compile.custom_ops.decode import STEP, runs_step
 from nsa_compile.custom_ops.dispatch import beside_flash
@@ -117,6 +120,59 @@ class MLPCompressor(MeanCompressor):
         return (mean.to(dtype) + learned.to(dtype)).to(x.dtype)
 
 
+def set_impl(module: nn.Module, impl: str) -> None:
+    """Change the implementation that a built layer, or every layer of a model, runs from its next call on.
+
+    Assigning to `impl` of a layer or model of this package does the same. What is saved afterwards has the new choice,
+    `torch.compile` compiles once more, and a CUDA graph that was captured stays as it is.
+
+    Args:
+        module: an `NSAAttention`, or any module that contains such layers or converted ones, compiled or not.
+        impl: "auto", "reference", "triton" or "flash", as in `NSAConfig`.
+
+    Raises: ValueError or TypeError before anything is changed for another name, or a module without such layers.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    parts = list(module.modules())
+    compressors = [part for part in parts if isinstance(part, MeanCompressor)]
+    if not compressors:
+        raise ValueError(f"module: expected one with NSA layers, got {type(module).__name__} without any")
+    for compressor in compressors:
+        compressor.impl = beside_flash(impl)
+    for part, name, sizes in _configs(parts):
+        setattr(part, name, dataclasses.replace(sizes, impl=impl))
+    # configs of transformers are written by save_pretrained, and other models may have the same objects
+    shared = {id(x): x for x in (getattr(part, "config", None) for part in parts if hasattr(part, "save_pretrained"))}
+    own: dict[int, Any] = {
+        key: copy.copy(config) for key, config in shared.items() if not isinstance(config, NSAConfig)
+    }
+    for config in own.values():
+        if hasattr(config, "nsa"):
+            config.nsa = config.nsa | {"impl": impl}
+        else:
+            config.impl = impl
+    for part in parts:
+        for name, value in list(vars(part).items()):
+            if id(value) in own:
+                setattr(part, name, own[id(value)])
+
+
+def impl_of(module: nn.Module) -> str:
+    """The implementation of a module's first layer, as `set_impl` or its config chose it."""
+    return next(_configs(module.modules()))[2].impl
+
+
+def _configs(parts: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, NSAConfig]]:
+    """Every attribute of modules that is an `NSAConfig`."""
+    for part in parts:
+        for name, value in list(vars(part).items()):
+            if isinstance(value, NSAConfig):
+                yield part, name, value
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is a product with its weight and nothing else."""
     plain = type(layer) is nn.Linear and layer.bias is None
@@ -184,6 +240,8 @@ class NSAAttention(PackedProjections):
 
     Raises: ValueError or TypeError naming the argument, what was expected and what came.
     """
+
+    impl = property(impl_of, set_impl, doc="The implementation that it runs; see `set_impl`.")
 
     def __init__(
         self, dim: int, n_heads: int, n_kv_groups: int, d_k: int, d_v: int,

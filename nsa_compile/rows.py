@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_compile.ops.checks import check_tensor, values_are_visible
+from nsa_compile.ops.checks import check_tensor, has_shape, values_are_visible
 from nsa_compile.ops.layout import ends_of_sequences, roll_rows
 
 
@@ -70,9 +70,9 @@ def lay_out(
             if can_look(mask) and mask.all():
                 mask = None
     if position_ids is not None:
-        shape = tuple(check_tensor("position_ids", position_ids).shape)
-        if shape not in ((b, t), (1, t)):
-            raise ValueError(f"position_ids: expected shape [{b}, {t}], got {shape}")
+        check_tensor("position_ids", position_ids)
+        if not has_shape(position_ids, b, t) and not has_shape(position_ids, 1, t):
+            raise ValueError(f"position_ids: expected shape [{b}, {t}], got {tuple(position_ids.shape)}")
     name = "cu_seq_lens_q"
     if cu_seqlens is not None:
         kind, shape = check_tensor(name, cu_seqlens).dtype, tuple(cu_seqlens.shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import draw_ids, make_layer, make_model
-from test_custom_ops import D, L, L_SEL, N_SEL, PLACEMENTS, W, choose, make_inputs
+from test_custom_ops import L_SEL, N_SEL, PLACEMENTS, D, L, W, choose, make_inputs
 from torch import func
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -206,9 +206,9 @@ def test_caches_refuse_every_transform():
     with torch.no_grad():
         cache = NSACache.for_model(layer, 2, 16)
         before = [tensor.clone() for tensor in cache.tensors()]
-        with pytest.raises(NotImplementedError, match="nsa_compile::cache_recall: expected no forward-mode AD.*cache"):
+        with pytest.raises(NotImplementedError, match=r"nsa_compile::cache_recall: expected no forward-mode AD.*cache"):
             func.jvp(lambda x: layer(x, cache=cache), (x,), (torch.ones_like(x),))
-        with pytest.raises(NotImplementedError, match="nsa_compile::cache_recall: expected no vmap.*rows"):
+        with pytest.raises(NotImplementedError, match=r"nsa_compile::cache_recall: expected no vmap.*rows"):
             func.vmap(lambda x: layer(x, cache=cache))(torch.stack((x, x)))
     with pytest.raises(ValueError, match="cache: expected a call without gradients"):
         func.grad(lambda x: layer(x, cache=cache).sum())(x)
@@ -238,7 +238,7 @@ def test_caches_refuse_every_transform():
 
 
 def test_choices_and_positions_go_through_every_transform():
-    q, k, v, k_cmp, v_cmp, *_ = make_inputs("plain")
+    q, _, _, k_cmp, v_cmp, *_ = make_inputs("plain")
     _, lse = compressed_attention(q, k_cmp, v_cmp, l=L, d=D)
 
     def call(q):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.nsa import nsa_attention
-from nsa_compile.module import GateMLP, MeanCompressor, MLPCompressor
+from nsa_compile.module import GateMLP, MeanCompressor, MLPCompressor, impl_of, set_impl
 from nsa_compile.ops.layout import compressed_slots, ends_of_sequences, roll_rows
 from nsa_compile.rows import require
 
@@ -54,6 +54,7 @@ class ConvertedAttention(nn.Module):
     phi_k: MeanCompressor
     phi_v: MeanCompressor
     gate: StartedGate
+    impl = property(impl_of, set_impl, doc="The implementation that it runs; see `nsa_compile.set_impl`.")
 
     def __init__(self, dense: Any, rotary: nn.Module, sizes: NSAConfig) -> None:
         super().__init__()

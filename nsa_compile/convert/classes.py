@@ -19,6 +19,9 @@ from transformers import (
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.convert.attention import ConvertedAttention, rows_of_call
+from nsa_compile.module import impl_of, set_impl
+
+IMPL = property(impl_of, set_impl, doc="The implementation that the NSA layers run; see `nsa_compile.set_impl`.")
 
 
 class NSALlamaConfig(LlamaConfig):
@@ -95,6 +98,7 @@ class NSALlamaForCausalLM(LlamaForCausalLM):
     """A Llama model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSALlamaConfig
+    impl = IMPL
 
     def __init__(self, config: NSALlamaConfig) -> None:
         super().__init__(config)
@@ -105,6 +109,7 @@ class NSAQwen2ForCausalLM(Qwen2ForCausalLM):
     """A Qwen2 model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAQwen2Config
+    impl = IMPL
 
     def __init__(self, config: NSAQwen2Config) -> None:
         super().__init__(config)
@@ -115,6 +120,7 @@ class NSAQwen3ForCausalLM(Qwen3ForCausalLM):
     """A Qwen3 model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAQwen3Config
+    impl = IMPL
 
     def __init__(self, config: NSAQwen3Config) -> None:
         super().__init__(config)
@@ -125,6 +131,7 @@ class NSAMistralForCausalLM(MistralForCausalLM):
     """A Mistral model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAMistralConfig
+    impl = IMPL
 
     def __init__(self, config: NSAMistralConfig) -> None:
         super().__init__(config)

@@ -13,7 +13,7 @@ from nsa_compile.custom_ops.registration import compressed_pairs
 from nsa_compile.custom_ops.transforms import pass_no_gradient
 from nsa_compile.ops import selection as reference
 from nsa_compile.ops.attend import compute_dtype, default_scale
-from nsa_compile.ops.checks import check_blocks, check_heads, check_layout, check_selected, check_tensor
+from nsa_compile.ops.checks import check_blocks, check_heads, check_layout, check_selected, check_tensor, has_shape
 
 
 def select_blocks(
@@ -51,7 +51,7 @@ def select_blocks(
     """
     sizes = check_layout({"q": (q, "b t n d_k"), "k_cmp": (k_cmp, "b c g d_k")})
     check_heads(sizes["n"], sizes["g"])
-    if check_tensor("lse", lse).shape != q.shape[:3] or lse.dtype != compute_dtype(q) or lse.device != q.device:
+    if not has_shape(check_tensor("lse", lse), *q.shape[:3]) or lse.dtype != compute_dtype(q) or lse.device != q.device:
         raise ValueError(
             f"lse: expected {compute_dtype(q)} {tuple(q.shape[:3])} on {q.device}, "
             f"got {lse.dtype} {tuple(lse.shape)} on {lse.device}"

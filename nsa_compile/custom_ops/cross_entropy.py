@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nsa_compile.custom_ops.transforms import attach_autograd
 from nsa_compile.ops import cross_entropy as reference
 from nsa_compile.ops.attend import compute_dtype
-from nsa_compile.ops.checks import check_int, check_layout, check_tensor, values_are_visible
+from nsa_compile.ops.checks import check_int, check_layout, check_tensor, has_shape, values_are_visible
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, chunk: in
     """
     sizes = check_layout({"x": (x, "n dim"), "weight": (weight, "vocab dim")})
     check_tensor("target", target)
-    if target.dtype != torch.int64 or target.shape != x.shape[:1]:
+    if target.dtype != torch.int64 or not has_shape(target, x.shape[0]):
         raise ValueError(f"target: expected int64 {tuple(x.shape[:1])}, got {target.dtype} {tuple(target.shape)}")
     if values_are_visible(target) and target.max() >= sizes["vocab"]:
         raise ValueError(f"target: expected values below {sizes['vocab']}, got {int(target.max())}")
@@ -69,7 +69,7 @@ def _gradient(ctx, grad, *second):
     grad_x, grad_weight, x, weight, target = ctx.saved_tensors
     if any(y is not None for y in second):  # double backward: the gradients are outputs, too
         call = partial(reference.traceable_cross_entropy, target=target)
-        outputs, pull = torch.func.vjp(call, x, weight)
+        outputs, pull = torch.func.vjp(call, x, weight)[:2]
         given = (torch.zeros_like(o) if y is None else y for o, y in zip(outputs, (grad, *second), strict=True))
         return *pull(tuple(given)), None, None, None
     if grad is None:

@@ -15,7 +15,7 @@ from nsa_compile.custom_ops.decode import STEP
 from nsa_compile.custom_ops.transforms import pass_no_gradient
 from nsa_compile.ops import rope as reference
 from nsa_compile.ops.attend import compute_dtype
-from nsa_compile.ops.checks import check_tensor
+from nsa_compile.ops.checks import check_tensor, has_shape
 
 
 def apply_rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
@@ -37,7 +37,7 @@ def apply_rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tenso
         raise ValueError(f"x: expected shape [b, t, n, d] with d even, got {tuple(x.shape)}")
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"positions: expected dtype int32 or int64, got {positions.dtype}")
-    if positions.shape not in (x.shape[:2], x.shape[1:2]):
+    if not has_shape(positions, *x.shape[:2]) and not has_shape(positions, x.shape[1]):
         raise ValueError(
             f"positions: expected shape {tuple(x.shape[:2])} or {tuple(x.shape[1:2])}, got {tuple(positions.shape)}"
         )

@@ -35,8 +35,8 @@ def attach_autograd(
 ) -> None:  # fmt: skip
     """Make an op differentiable by `gradient(ctx, *grads)`, with what `save(ctx, inputs, output)` saved.
 
-    `fold`: whether all of its tensors but `cu_seqlens` begin with the axis of rows. `forward_mode`: the op by operations
-    that have derivatives; default its body, where its last argument `impl` means the reference.
+    `fold`: whether all of its tensors but `cu_seqlens` begin with the axis of rows. `forward_mode`: the op by
+    operations that have derivatives; default its body, where its last argument `impl` means the reference.
     """
     op.register_autograd(gradient, setup_context=save)
     _register(op, forward_mode or _forward_mode(op))
@@ -71,10 +71,10 @@ def attach_double_backward(
             return tuple(x for x, i in zip(several, grads, strict=False) if i in used)
 
         def derive(*values):
-            _, pull = torch.func.vjp(run, *values[len(used) :])
+            pull = torch.func.vjp(run, *values[len(used) :])[1]
             return pull(values[: len(used)])
 
-        _, pull = torch.func.vjp(derive, *(args[i] for i in (*used, *inputs)))
+        pull = torch.func.vjp(derive, *(args[i] for i in (*used, *inputs)))[1]
         found = dict(zip((*used, *inputs), pull(cotangents), strict=True))
         return tuple(found.get(i) for i in range(len(args)))
 
@@ -131,7 +131,7 @@ def _register(op: Any, forward_mode: Callable[..., Any] | None) -> None:
 
     # one level of a stack of transforms; torch.autograd.Function would begin at the top of it again
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    one_level = type(f"{op._name}_level", (_SingleLevelFunction,), methods)
+    one_level: Any = type(f"{op._name}_level", (_SingleLevelFunction,), methods)
 
     def kernel(keyset, *args):
         transformed = torch._C._are_functorch_transforms_active()
@@ -199,7 +199,7 @@ def _batching_rule(op: Any, fold: bool) -> Callable[..., Any]:
 
     def rule(info, in_dims, *args):
         n = info.batch_size
-        args = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)]
+        args = tuple(x if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True))
         if fold and (packing is None or args[packing] is None):
             rows = (
                 (x if dim is not None else x.expand(n, *x.shape)).flatten(0, 1) if isinstance(x, Tensor) else x

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa_compile.custom_ops.decode import STEP
 from nsa_compile.graphs.cache import NSACache, check_cache
 from nsa_compile.graphs.capture import new_pool, plain_tensors, prepare
-from nsa_compile.ops.checks import check_int, check_tensor, values_are_visible
+from nsa_compile.ops.checks import check_int, check_tensor, has_shape, values_are_visible
 from nsa_compile.ops.sampling import check_sampling, sample
 
 LOG = 64
@@ -169,7 +169,7 @@ class DecodeGraph:
         check_int("n", n, 0)
         if drafts is not None:
             if (
-                check_tensor("drafts", drafts).shape != self._drafts.shape
+                not has_shape(check_tensor("drafts", drafts), *self._drafts.shape)
                 or drafts.dtype != torch.int64
                 or drafts.device != self._device
             ):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa_compile.ops.checks import check_tensor
+from nsa_compile.ops.checks import check_tensor, has_shape
 
 MASK = 0xFFFFFFFF
 ONE = 2.0**36
@@ -30,7 +30,7 @@ def sample(logits: Tensor, *, temperature: Tensor, top_p: Tensor, seed: Tensor, 
     per_row = {"temperature": temperature, "top_p": top_p, "seed": seed, "position": position}
     for name, value in per_row.items():
         floating = name in ("temperature", "top_p")
-        if check_tensor(name, value).shape != logits.shape[:1] or value.is_floating_point() != floating:
+        if not has_shape(check_tensor(name, value), logits.shape[0]) or value.is_floating_point() != floating:
             kind, b = "float" if floating else "integers", logits.shape[0]
             raise ValueError(f"{name}: expected {kind} [{b}], got {value.dtype} {tuple(value.shape)}")
     logits = logits.float()
