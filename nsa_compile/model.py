@@ -86,6 +86,7 @@ class DenseAttention(PackedProjections):
         q, k, v = (rearrange(y, "b t n x -> b n t x") for y in (q, k, v))
         o = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         y = self.out(rearrange(o, "b n t v -> b t (n v)"))
+        y = y if layer is None else layer.spoil(y, layout.position)
         return y if valid is None else torch.where(valid[..., None], y, 0.0)
 
 

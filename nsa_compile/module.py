@@ -323,12 +323,13 @@ class NSAAttention(PackedProjections):
         if layer is None:
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, cu_seqlens)
         else:
-            q_start = layer.positions.clamp_max(layer.capacity - 1)  # a full row is idle
-            k_cmp, v_cmp = self._extend_compressed(layer, k_cmp, v_cmp, lengths)
+            q_start = layer.positions.clamp_max(layer.capacity - 1)  # a full row is idle, or its outputs are spoiled
+            kept = layer.room(t, lengths)
+            k_cmp, v_cmp = self._extend_compressed(layer, k_cmp, v_cmp, kept)
             if not c.tie_kv:
-                k_win, v_win, q_start_win = self._extend_window(layer, k_win, v_win, lengths)
-            layer.append("k_slc", k_slc, lengths)
-            layer.append("v_slc", v_slc, lengths)
+                k_win, v_win, q_start_win = self._extend_window(layer, k_win, v_win, kept)
+            layer.append("k_slc", k_slc, kept)
+            layer.append("v_slc", v_slc, kept)
             k_slc, v_slc = layer.buffers["k_slc"], layer.buffers["v_slc"]
             if c.tie_kv:
                 k_win, v_win = k_slc, v_slc
@@ -337,10 +338,11 @@ class NSAAttention(PackedProjections):
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates,
             q_start=q_start, q_start_win=q_start_win, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        if layer is not None:
-            reads = token_reads(positions, blocks, l=c.l, d=c.d, l_sel=c.l_sel, w=c.w)
-            layer.advance(t, lengths, *reads)
         y = self.out(rearrange(o, "b t n v -> b t (n v)"))
+        if layer is not None:
+            layer.keep_reads(kept, *token_reads(positions, blocks, l=c.l, d=c.d, l_sel=c.l_sel, w=c.w))
+            layer.advance(t, lengths)
+            y = layer.spoil(y, positions)
         return y if valid is None else torch.where(valid[..., None], y, 0.0)
 
     def _heads(self, x: Tensor, branch: str | None, *, few: bool = False) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -403,13 +405,11 @@ class NSAAttention(PackedProjections):
         )  # fmt: skip
         return o
 
-    def _extend_compressed(
-        self, layer: "LayerCache", k: Tensor, v: Tensor, count: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _extend_compressed(self, layer: "LayerCache", k: Tensor, v: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Emit the blocks that the new raw tokens complete, keep the raw tail; returns the compressed buffers."""
         l, d, t = self.config.l, self.config.d, k.shape[1]
         start = layer.positions
-        end = start + (t if count is None else count)
+        end = start + count
         first = num_cmp_at(start - 1, l=l, d=d)
         n = -(-t // d)  # t tokens complete at most this many blocks
         block = first[:, None] + torch.arange(n, device=k.device)
@@ -421,9 +421,7 @@ class NSAAttention(PackedProjections):
         layer.append("v_raw", v, count)
         return layer.buffers["k_cmp"], layer.buffers["v_cmp"]
 
-    def _extend_window(
-        self, layer: "LayerCache", k: Tensor, v: Tensor, count: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _extend_window(self, layer: "LayerCache", k: Tensor, v: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The window's past in order followed by the new tokens, and the first query's place there; then append."""
         w, t = self.config.w, k.shape[1]
         q_start = layer.positions.clamp_max(w - 1)

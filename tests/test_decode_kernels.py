@@ -142,18 +142,39 @@ def test_tokens_taken_back_leave_no_trace(launches):
 
 
 @torch.no_grad()
-def test_a_full_row_stays_as_it_is(launches):
-    layers = make_layers()
-    cache = caches_after(layers, [40, 39], 40)[1]
-    before = [x.clone() for x in cache.layers[0].buffers.values()]
-    op = layers[1]._step
-    shapes = {"q": (6, 12), "k": (2, 12), "v": (2, 10), "gates": (6, 3)}
-    draw = {name: torch.randn(2, 4, *shape, device=DEVICE) for name, shape in shapes.items()}
-    o = op(cache.layers[0], draw["q"], *(draw["k"], draw["v"]) * 3, draw["gates"], None)
-    assert cache.positions.tolist() == [40, 40]
-    assert not o[0].any() and not o[1, 1:].any() and o[1, 0].any()
-    for old, new in zip(before, cache.layers[0].buffers.values(), strict=True):
-        assert torch.equal(old[0].nan_to_num(), new[0].nan_to_num())
+@pytest.mark.parametrize("sizes", [{"tie_kv": True}, {"phi": "mlp", "d": 2}], ids=["tied", "mlp"])
+def test_tokens_past_the_capacity_give_nan_and_are_kept_nowhere(sizes, launches, monkeypatch):
+    """Rows that are full, pass the end half-way or later, or idle, where the host does not look; then taken back."""
+    monkeypatch.setattr("nsa_compile.graphs.cache.values_are_visible", lambda x: False)
+    layers = make_layers(**sizes)
+    caches = caches_after(layers, [40, 37, 40, 20], 40)
+    before = [[x[row].clone() for x in cache.layers[0].buffers.values()] for cache in caches for row in (0, 2)]
+    for count, t, finite in (
+        ([1, 1, 0, 1], 1, [0, 1, 1, 1]),
+        (None, 4, [0, 2, 0, 4]),
+        ([8, 3, 0, 8], 8, [0, 0, 8, 8]),
+    ):
+        x = torch.randn(4, t, BASE["dim"], device=DEVICE)
+        lengths = None if count is None else torch.tensor(count, dtype=torch.int32, device=DEVICE)
+        expected, got = (layer(x, cache=cache, lengths=lengths) for layer, cache in zip(layers, caches, strict=True))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert_equal_state(caches)
+        for row in range(4):
+            given = t if count is None else count[row]
+            assert got[row, : finite[row]].isfinite().all() and got[row, finite[row] : given].isnan().all()
+            assert not got[row, given:].any()
+    assert caches[1].positions.tolist() == [53, 45, 44, 33]
+    after = [[x[row] for x in cache.layers[0].buffers.values()] for cache in caches for row in (0, 2)]
+    for old, new in zip(before, after, strict=True):
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(old, new, strict=True))
+    for cache in caches:
+        cache.layers[0].positions.copy_(torch.tensor([36, 40, 33, 34], device=DEVICE))
+    x = torch.randn(4, 1, BASE["dim"], device=DEVICE)
+    expected, got = (layer(x, cache=cache) for layer, cache in zip(layers, caches, strict=True))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert got.isfinite().flatten(1).all(1).tolist() == [True, False, True, True]
+    assert_equal_state(caches)
+    assert launches.of("decode") == 24
 
 
 @torch.no_grad()

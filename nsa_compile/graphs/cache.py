@@ -15,8 +15,9 @@ class LayerCache:
     """The buffers of one attention layer, each [batch, length, n_kv_groups, channels].
 
     A buffer shorter than the capacity is a ring: token p lies at index p % length. `positions` int32 [batch] counts the
-    tokens each row has appended, which is also the position of its next token. Nothing in a buffer needs clearing: what
-    lies at or after a row's position is never read into a result.
+    tokens each row was given, which is also the position of its next token. Nothing in a buffer needs clearing: what
+    lies at or after a row's position is never read into a result. Tokens past the capacity are kept nowhere and give NaN,
+    but they count: a row goes on giving NaN until it is taken back to its capacity or less.
 
     `nominal_reads` int64 [batch, 4] and `actual_reads` int64 [batch, n_kv_groups, 4] are the tokens that each row's
     last query read, as (cmp, slc, win, total); 0 for a row that was idle in the last call.
@@ -66,9 +67,19 @@ class LayerCache:
         if t > self.capacity:
             raise ValueError(f"cache: expected at most {self.capacity} tokens (its capacity), got {t}")
         if values_are_visible(self.positions):
-            end = int((self.positions + (t if count is None else count)).max())
+            given = torch.full_like(self.positions, t) if count is None else count
+            end = int(torch.where(given > 0, self.positions + given, 0).max())
             if end > self.capacity:
                 raise ValueError(f"cache: expected at most {self.capacity} tokens (its capacity), got {end}")
+
+    def room(self, t: int, count: Tensor | None) -> Tensor:
+        """How many of t new tokens, or of the first `count` int32 [b] of them, each row has room for, int32 [b]."""
+        room = (self.capacity - self.positions).clamp(0, t)
+        return room if count is None else torch.minimum(room, count.clamp_min(0))
+
+    def spoil(self, y: Tensor, position: Tensor) -> Tensor:
+        """Outputs y [b, t, *] of tokens at `position` int [b, t], NaN where the position is past the capacity."""
+        return torch.where((position < self.capacity)[..., None], y, float("nan"))
 
     def recall(self, name: str, new: Tensor, first: Tensor, length: int) -> Tensor:
         """Tokens `first … first + length - 1` of each row, from the buffer and the tokens `new` about to be appended.
@@ -86,18 +97,17 @@ class LayerCache:
         """Write `new` [b, n, g, *] at the consecutive slots `index` [b, n] where `keep` [b, n]."""
         cache_write(self.buffers[name], new, index, keep)
 
-    def advance(
-        self, t: int, count: Tensor | None, nominal: Tensor | None = None, actual: Tensor | None = None
-    ) -> None:
-        """Move on by `count` int32 [b] (default t) tokens and keep the reads [b, t, (g,) 4] of the last of them."""
-        ends = torch.full_like(self.positions, t) if count is None else count
-        last = (ends - 1).clamp(0, t - 1).long()
-        row = torch.arange(ends.shape[0], device=ends.device)
+    def keep_reads(self, count: Tensor, nominal: Tensor, actual: Tensor) -> None:
+        """Keep the reads [b, t, (g,) 4] of the last of `count` int32 [b] new tokens that are kept."""
+        last, row = (count - 1).clamp_min(0).long(), torch.arange(count.shape[0], device=count.device)
         for buffer, reads in ((self.nominal_reads, nominal), (self.actual_reads, actual)):
-            if reads is not None:
-                idle = (ends == 0).view(-1, *(1,) * (buffer.ndim - 1))
-                buffer.copy_(reads[row, last].masked_fill(idle, 0))
-        self.positions.copy_((self.positions + ends).clamp_max(self.capacity))
+            idle = (count == 0).view(-1, *(1,) * (buffer.ndim - 1))
+            buffer.copy_(reads[row, last].masked_fill(idle, 0))
+
+    def advance(self, t: int, count: Tensor | None) -> None:
+        """Move on by t tokens, or by the first `count` int32 [b] of them, room or not."""
+        most = torch.iinfo(torch.int32).max - t  # a row that is driven on for ever stays past its capacity
+        self.positions.copy_(self.positions.clamp_max(most) + (t if count is None else count.clamp(0, t)))
 
 
 def first_parameter(module: nn.Module) -> nn.Parameter:

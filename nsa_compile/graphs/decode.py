@@ -40,7 +40,11 @@ class _Row:
     stop_token: int
     sampled: bool
     new: list[int]
+    unread: int
+    """Steps before it that the host has not looked at."""
     stopped: bool = False
+    full: bool = False
+    """Whether it came to the capacity before its end: it held more than the host was told."""
 
 
 class DecodeGraph:
@@ -147,7 +151,7 @@ class DecodeGraph:
         )  # fmt: skip
         for tensor, value in values:
             tensor[row : row + 1].fill_(value)  # unlike an assignment, without a stop of the host
-        self._rows[row] = _Row(max_new_tokens, stop_token, temperature > 0, [])
+        self._rows[row] = _Row(max_new_tokens, stop_token, temperature > 0, [], self._unread)
 
     def cancel(self, row: int) -> None:
         """End a row that decodes; `collect` gives what it has drawn. Its cache holds all of its tokens but the last."""
@@ -194,8 +198,21 @@ class DecodeGraph:
                 self._unread += 1
 
     def collect(self) -> list[RowUpdate]:
-        """Wait for the steps made and return what each decoding row has drawn since the last look."""
+        """Wait for the steps made and return what each decoding row has drawn since the last look.
+
+        Raises: ValueError if a row came to the capacity before its end, since it held more tokens than the cache's
+            `reserve` was told when it started; such rows are idle then, and the next call returns what the others drew.
+        """
         self._drain()
+        full = {row: state for row, state in sorted(self._rows.items()) if state.full and state.left}
+        for row in full:
+            self._active[row : row + 1].fill_(False)
+            del self._rows[row]
+        for row, state in full.items():
+            raise ValueError(
+                f"row: expected all tokens that row {row} held when it started to be counted by the cache's reserve, "
+                f"got one that came to the capacity of {self.cache.capacity} with {state.left} tokens left to draw"
+            )
         updates = []
         for row, state in sorted(self._rows.items()):
             finished = state.stopped or state.left == 0
@@ -218,17 +235,22 @@ class DecodeGraph:
         log = self._host_log[: self._unread].tolist()
         self._unread = 0
         for row, state in self._rows.items():
-            drawn = [token for step in log for token in step[row] if token != NONE]
+            taken = [[token for token in step[row] if token != NONE] for step in log]
+            drawn = [token for tokens in taken for token in tokens]
             state.left -= len(drawn)
             state.stopped = state.stopped or state.stop_token in drawn
             state.new += drawn[:-1] if state.stop_token in drawn else drawn
+            # every step draws a token for a row until its end, or until it has no room
+            state.full = not state.stopped and state.left > 0 and not all(taken[state.unread :])
+            state.unread = 0
             self.cache.count(row, self.cache.host_lengths[row] + len(drawn), ahead=self.width - 1)
 
     def _work(self, sampled: bool) -> None:
         """One step on the device."""
         m, positions = self.width, self.cache.positions
         start = positions.clone()  # of each row's last token; the first one drawn stands after it
-        count = torch.where(self._active, self._left.clamp_max(m), 0)
+        room = self.cache.capacity - start  # less than is left only where the host was not told of all tokens
+        count = torch.where(self._active, torch.minimum(self._left, room).clamp(0, m), 0)
         guesses = self._drafts.clamp(0, max(0, self.vocab_size - 1))  # an id that does not exist is a wrong guess
         ids = torch.cat((self._token[:, None], guesses), 1)
         logits = self.model(ids, cache=self.cache, lengths=count, last_only=m == 1)

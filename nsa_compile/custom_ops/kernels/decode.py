@@ -2,8 +2,9 @@
 
 Append (rotate q and keys, write every cache, emit the compressed tokens that are due) | scan the compressed tokens and
 the window in splits | scores of blocks | choice | attend to the chosen blocks in splits | merge splits and branches.
-Row b holds positions[b] tokens before the step and `count[b]` <= t more after it. Buffers are contiguous
-[b, length, g, channels], token p at index p % length. LSEs are in base 2.
+Row b was given positions[b] tokens before the step and is given `count[b]` <= t more. Those past the capacity are not
+kept and get NaN, while positions count on. Buffers are contiguous [b, length, g, channels], token p at index p % length.
+LSEs are in base 2.
 """
 
 import math
@@ -37,11 +38,16 @@ class Splits(NamedTuple):
 
 
 @triton.jit
+def _tokens_given(count, b, T: tl.constexpr, HAS_COUNT: tl.constexpr):
+    """How many of the T new tokens a row is given, room or not."""
+    return tl.minimum(tl.maximum(tl.load(count + b), 0), T) if HAS_COUNT else T
+
+
+@triton.jit
 def _tokens_of_row(positions, count, b, capacity, T: tl.constexpr, HAS_COUNT: tl.constexpr):
-    """Tokens that a row holds before the step, and how many of the T new ones it takes."""
+    """Tokens that a row holds before the step, and how many of the new ones it has room for."""
     held = tl.minimum(tl.maximum(tl.load(positions + b), 0), capacity)
-    new = tl.maximum(tl.load(count + b), 0) if HAS_COUNT else T
-    return held, tl.minimum(tl.minimum(new, T), capacity - held)
+    return held, tl.minimum(_tokens_given(count, b, T, HAS_COUNT), capacity - held)
 
 
 @triton.jit
@@ -239,13 +245,17 @@ def _attend_tile(acc, top, total, q, k, v, seen, scale2, CAREFUL: tl.constexpr):
 
 @triton.jit
 def _store_part(
-    part_o, part_lse, acc, top, total, slot, inside, split, SPLITS: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr
-):
-    """Store attention [rows, DV] and LSE of one split of the rows at `slot` int64 [rows]; no output where no key is."""
+    part_o, part_lse, acc, top, total, slot, inside, split, empty, SPLITS: tl.constexpr, D_V: tl.constexpr,
+    DV: tl.constexpr,
+):  # fmt: skip
+    """Store attention [rows, DV] and LSE of one split of the rows at `slot` int64 [rows].
+
+    Where no key is there is no output, and the LSE is `empty`.
+    """
     at = slot * SPLITS + split
     some = total != 0.0
     scatter_rows(part_o, acc / tl.where(some, total, 1.0)[:, None], at, 0 * at, inside & some, D_V, D_V, DV)
-    tl.store(part_lse + at, tl.where(some, top + tl.log2(total), float("-inf")), mask=inside)
+    tl.store(part_lse + at, tl.where(some, top + tl.log2(total), empty), mask=inside)
 
 
 @triton.jit
@@ -312,7 +322,7 @@ def _decode_scan_kernel(
             sums = tl.sum((p * next_block[None, :]).reshape(BM, BLOCKS, AP), 2)
             tl.store(spilled + at, sums, mask=(live & folds)[:, None])
         tl.store(tops + slot * TILES + tile, highest, mask=live & folds)
-    _store_part(part_o, part_lse, acc, top, total, slot, token < T, split, SPLITS, D_V, DV)
+    _store_part(part_o, part_lse, acc, top, total, slot, token < T, split, float("-inf"), SPLITS, D_V, DV)
 
 
 @triton.jit
@@ -414,12 +424,15 @@ def _decode_selected_kernel(
         v_tile = gather_rows(v, key, 0 * key, ok, n_groups * D_V, D_V, DV)
         seen = ok[None, :] & live[:, None]
         acc, top, total, _, _ = _attend_tile(acc, top, total, q_tile, k_tile, v_tile, seen, scale2, False)
-    _store_part(part_o, part_lse, acc, top, total, slot, head < H, FIRST_SPLIT + split, SPLITS, D_V, DV)
+    # a token without room sees no key; the merge makes NaN of it
+    lost = (token >= new) & (token < _tokens_given(count, b, T, HAS_COUNT))
+    empty = tl.where(lost, float("nan"), float("-inf"))
+    _store_part(part_o, part_lse, acc, top, total, slot, head < H, FIRST_SPLIT + split, empty, SPLITS, D_V, DV)
 
 
 @triton.jit
 def _decode_merge_kernel(
-    part_o, part_lse, gates, o, count, positions, capacity, n, g_b, g_t, g_n, g_c,
+    part_o, part_lse, gates, o, count, positions, n, g_b, g_t, g_n, g_c,
     T: tl.constexpr, D_V: tl.constexpr, COLS: tl.constexpr, SPLIT_CMP: tl.constexpr, SPLIT_WIN: tl.constexpr,
     SPLITS: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr, EAGER: tl.constexpr, HAS_COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -461,8 +474,8 @@ def _decode_merge_kernel(
         out += tl.sum(tl.where(some[:, None], value * weight[:, None], 0.0), 0)
     tl.store(o + slot * D_V + col, out.to(o.dtype.element_ty), mask=col < D_V)
     if (head == 0) & (token == 0) & (tl.program_id(2) == 0):  # no other program of this launch looks at the positions
-        held, new = _tokens_of_row(positions, count, b, capacity, T, HAS_COUNT)
-        tl.store(positions + b, (held + new).to(tl.int32))
+        given = tl.minimum(tl.maximum(tl.load(positions + b), 0), 2**31 - 1 - T)
+        tl.store(positions + b, given + _tokens_given(count, b, T, HAS_COUNT))
 
 
 @triton.jit
@@ -567,7 +580,7 @@ def decode_attention(
     few = padded(total, 1) * DV <= 4096  # a warp takes a head; else many programs where there are few heads
     cols = 32 if not few and b * t * n < 8 * multiprocessors(q) else DV
     _decode_merge_kernel[(n, b * t, triton.cdiv(d_v, cols))](
-        part_o, part_lse, gates, o, counts, positions, capacity, n, *gates.stride(),
+        part_o, part_lse, gates, o, counts, positions, n, *gates.stride(),
         D_V=d_v, COLS=cols, SPLIT_CMP=splits.cmp, SPLIT_WIN=splits.win, SPLITS=total, SP=padded(total, 1),
         CHUNK=min(4096 // cols, padded(total, 1)), EAGER=few, **where, num_warps=1 if few else 4,
     )  # fmt: skip
