@@ -38,7 +38,8 @@ from nsa_compile import (
     selected_attention,
     window_attention,
 )
-from nsa_compile.checkpoints import Checkpoints, find_checkpoint
+from nsa_compile.checkpoints import Checkpoints, find_checkpoint, load_state
+from nsa_compile.launch import SaidElsewhere
 from nsa_compile.model import next_tokens
 from nsa_compile.train import cpu_group
 
@@ -344,6 +345,14 @@ def check_checkpoints(device: str) -> None:
         checkpoints.wait()
     dist.barrier()
     assert find_checkpoint(folder[0]).name == "step-000001"
+    load_state(find_checkpoint(folder[0]), model, optimizer, slow)
+    dist.barrier()
+    if dist.get_rank() == 0:  # a pickle that names os.system; all refuse it together, and one says why
+        (find_checkpoint(folder[0]) / ".metadata").write_bytes(b"cposix\nsystem\n.")
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"posix\.system, which could run code") as error:
+        load_state(find_checkpoint(folder[0]), model, optimizer, slow)
+    assert isinstance(error.value, SaidElsewhere) == (dist.get_rank() > 0)
 
 
 def check_together(device: str, checks: list[tuple]) -> None:
