@@ -39,13 +39,14 @@ def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """What is done with the model's cache: everything else follows from the seed."""
     tiny = family["size"] == "interpreter"
     rows, most = rng.randint(1, 2 if tiny else 4), {"gpu": 24, "cpu": 14, "interpreter": 3}[family["size"]]
+    capacity = max(4, subjects.draw_length(family, rows + 3, rng))
     return {
         "what": draws.weighted(rng, {"calls": 5, "decode": 0.5 if tiny else 3, "generate": 0 if tiny else 1}),
         "seed": rng.randrange(2**31),
-        "rows": rows, "capacity": max(4, subjects.draw_length(family, rows + 3, rng)),
+        "rows": rows, "capacity": capacity,
         "calls": rng.randint(min(4, most), most), "sharp": subjects.draw_sharpness(family, rng),
         "alphabet": subjects.draw_alphabet(rng), "poison": rng.choice(("none", "nan", "mixed")),
-        "drafts": rng.choice((0, 0, 1, 3, 7)),
+        "drafts": min(capacity - 1, rng.choice((0, 0, 1, 3, 7))),
     }  # fmt: skip
 
 
