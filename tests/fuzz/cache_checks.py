@@ -39,13 +39,14 @@ def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """What is done with the model's cache: everything else follows from the seed."""
     tiny = family["size"] == "interpreter"
     rows, most = rng.randint(1, 2 if tiny else 4), {"gpu": 24, "cpu": 14, "interpreter": 3}[family["size"]]
+    capacity = max(4, subjects.draw_length(family, rows + 3, rng))
     return {
         "what": draws.weighted(rng, {"calls": 5, "decode": 0.5 if tiny else 3, "generate": 0 if tiny else 1}),
         "seed": rng.randrange(2**31),
-        "rows": rows, "capacity": max(4, subjects.draw_length(family, rows + 3, rng)),
+        "rows": rows, "capacity": capacity,
         "calls": rng.randint(min(4, most), most), "sharp": subjects.draw_sharpness(family, rng),
         "alphabet": subjects.draw_alphabet(rng), "poison": rng.choice(("none", "nan", "mixed")),
-        "drafts": rng.choice((0, 0, 1, 3, 7)),
+        "drafts": min(capacity - 1, rng.choice((0, 0, 1, 3, 7))),
     }  # fmt: skip
 
 
@@ -220,7 +221,7 @@ def decode(
     recorder = Recorder(model, run)
     eager, failures = serve(recorder, recorder, family, case, device, capture=False)
     if torch.device(device).type == "cuda":
-        captured, _ = serve(run, None, family, case, device, capture=None)
+        captured, _ = serve(run, None, family, case, device, capture=None, given=eager["guesses"])
         failures += same_service(eager, captured)
     return recorder, failures
 
@@ -236,9 +237,12 @@ def same_service(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 def serve(
     run: Callable[..., Tensor], recorder: Recorder | None, family: dict[str, Any], case: dict[str, Any], device: str,
-    capture: bool | None,
+    capture: bool | None, given: list[Tensor | None] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-    """What the rows drew and what is in the caches afterwards, and failures that show at once."""
+    """What the rows drew and what is in the caches afterwards, and failures that show at once.
+
+    given: the guesses of each round, of which a recorded service draws its own.
+    """
     rng, gen, b = random.Random(case["seed"]), subjects.seeded(case["seed"]), case["rows"]
     model = recorder.model if recorder is not None else getattr(run, "_orig_mod", run)
     capacity, failures, drawn = case["capacity"], [], []
@@ -247,7 +251,8 @@ def serve(
     sizes = sorted({rng.randint(1, max(1, capacity // 2)) for _ in range(2)})
     fill = PrefillGraph(run, slot, sizes=sizes, capture=capture)
     running: dict[int, dict[str, Any]] = {}
-    for _ in range(case["calls"]):
+    guesses: list[Tensor | None] = []
+    for number in range(case["calls"]):
         for row in [row for row in graph.idle if rng.random() < 0.6]:
             if rng.random() < 0.8 or cache.host_lengths[row] + 2 > capacity:  # else it goes on with what it holds
                 prompt = subjects.draw_ids(rng.randint(1, max(1, capacity - 2)), family, case["alphabet"], gen).tolist()
@@ -270,11 +275,10 @@ def serve(
             }  # fmt: skip
             graph.start(row, last, **arguments)
             running[row] = {"first": length, "token": last, "tokens": [], **arguments}
-        guesses = None
-        if case["drafts"] and rng.random() < 0.7:
-            most = min(case["alphabet"], family["sizes"]["vocab_size"])
-            guesses = torch.randint(-1, most, (b, case["drafts"]), generator=gen).to(device)
-        graph.step(rng.randint(1, 2 if family["size"] == "interpreter" else 9), drafts=guesses)
+        if recorder is not None:
+            guesses.append(guess(recorder, cache, running, case, number, device))
+        drafts = guesses[number] if given is None else given[number]
+        graph.step(rng.randint(1, 2 if family["size"] == "interpreter" else 9), drafts=drafts)
         if rng.random() < 0.15 and running:
             graph.cancel(rng.choice(sorted(running)))
         for update in graph.collect():
@@ -294,7 +298,31 @@ def serve(
                 if recorder is not None:
                     recorder.go_back(cache, row, 0)
     tensors = {f"the cache's tensor {i}": x for i, x in enumerate([*cache.tensors(), *slot.tensors()])}
-    return {"drawn": drawn, "tensors": {**tensors, "prefill's logits": fill.logits}}, failures
+    return {"drawn": drawn, "tensors": {**tensors, "prefill's logits": fill.logits}, "guesses": guesses}, failures
+
+
+def guess(
+    recorder: Recorder,
+    cache: NSACache,
+    running: dict[int, dict[str, Any]],
+    case: dict[str, Any],
+    number: int,
+    device: str,
+) -> Tensor | None:
+    """Drafts [b, drafts] of a round: of each row that runs some that are right as far as the model goes, then any."""
+    rng, b = random.Random(f"{case['seed']}/{number}"), cache.batch
+    if not case["drafts"] or rng.random() < 0.3:
+        return None
+    vocab = recorder.config.vocab_size
+    drafts = [[rng.randint(-1, vocab - 1) for _ in range(case["drafts"])] for _ in range(b)]
+    for row, state in running.items():
+        tokens = [state["token"], *state["tokens"]]
+        ids = recorder.texts(cache)[row].ids[: state["first"]] + tokens
+        for i in range(min(case["drafts"], rng.choice((0, 1, 3)), cache.capacity - len(ids))):
+            logits = recorder.model(torch.tensor([ids], device=device), last_only=True)[0, 0]
+            drafts[row][i] = draw_alone(logits, state, len(ids))
+            ids.append(drafts[row][i])
+    return torch.tensor(drafts, device=device)
 
 
 def check_drawn(recorder: Recorder, cache: NSACache, row: int, state: dict[str, Any], stopped: bool) -> list[str]:

@@ -156,7 +156,9 @@ class Twins:
         valid = inside(self.rows.lengths, actual.device)
         return compare(name, actual[valid], exact[valid], plain[valid], self.dtype)
 
-    def compare_gradients(self, named: dict[str, Tensor | None], scale: float, prefix: str = "") -> list[str]:
+    def compare_gradients(
+        self, named: dict[str, Tensor | None], scale: float, prefix: str = "", dtype: torch.dtype | None = None
+    ) -> list[str]:
         """Three-way failures of the gradients of weights, which the oracles hold `scale` times."""
         exact, plain = self.oracles
         wanted = {name: exact.weights[prefix + name].grad for name in named}
@@ -167,7 +169,9 @@ class Twins:
             if grad is not None:
                 want, other = (o.weights[prefix + name].grad for o in (exact, plain))
                 want, other = (torch.zeros_like(grad, dtype=torch.float64) if x is None else x for x in (want, other))
-                failures += compare(f"gradient of {name}", grad.double() * scale, want, other, self.dtype, unit)
+                failures += compare(
+                    f"gradient of {name}", grad.double() * scale, want, other, dtype or self.dtype, unit
+                )
         return failures
 
 
@@ -338,8 +342,9 @@ def check_hf(
         for loss in losses:
             loss.backward()
         out.loss.backward()
-        failures += compare("loss", out.loss.detach() * targets, losses[0], losses[1], twins.dtype, unit=float(losses[0]))
-        renamed = {"lm_head.weight": "head.weight", "model.embed_tokens.weight": "embed.weight"}
-        named = ((renamed.get(name, name.removeprefix("model.")), p.grad) for name, p in hf.named_parameters())
-        failures += twins.compare_gradients(dict(named), targets)
+        kind = torch.float32 if twins.dtype == torch.float64 else twins.dtype  # the library's loss is fp32
+        failures += compare("loss", out.loss * targets, losses[0], losses[1], kind)
+        named = ((name.removeprefix("model."), p.grad) for name, p in hf.named_parameters())
+        names = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
+        failures += twins.compare_gradients({names.get(name, name): grad for name, grad in named}, targets, dtype=kind)
     return failures
