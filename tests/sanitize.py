@@ -138,6 +138,7 @@ CASES: dict[str, Attention | Step | Buffers] = {
     "step-one-token-blocks": Step(Shape(1, 1, 4, 6, 20, g=1, h=2, d_k=8, d_v=8), 1),
     "step-many-rows": Step(Shape(8, 4, 16, 4, 20, g=1, h=16, d_k=16, d_v=16), 8, positions=(80, 4)),
     "step-many-splits": Step(Shape(8, 4, 16, 4, 20, g=1, h=2, d_k=16, d_v=72), 1, splits=(24, 6, 4)),
+    "step-wide": Step(Shape(8, 4, 32, 3, 20, g=1, h=2, d_k=160, d_v=20), 1),
     "buffers": Buffers(),
 }
 for kind in (BF16, FP16):
