@@ -48,6 +48,28 @@ def test_no_target_gives_no_loss_and_no_gradient():
     assert loss == 0 and not any(grad.any() for grad in torch.autograd.grad(loss, (x, weight)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_tokens_without_a_target_hold_reaches_nothing(value):
+    x, weight, target = draw()
+    expected = linear_cross_entropy(x, weight, target, chunk=5)
+    hurt = torch.where(target[:, None] < 0, value, x.detach()).requires_grad_()
+    loss = linear_cross_entropy(hurt, weight, target, chunk=5)
+    assert torch.equal(loss, expected)
+    gradients = torch.autograd.grad(loss, (hurt, weight)), torch.autograd.grad(expected, (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_nan_of_a_token_leaves_the_gradients_of_others_alone():
+    x, weight, target = draw()
+    (expected,) = torch.autograd.grad(linear_cross_entropy(x, weight, target, chunk=5), x)
+    hurt = x.detach().clone()
+    hurt[7] = torch.nan
+    loss = linear_cross_entropy(hurt.requires_grad_(), weight, target, chunk=5)
+    (grad,) = torch.autograd.grad(loss, hurt)
+    others = torch.arange(len(x)) != 7
+    assert loss.isnan() and grad[7].isnan().all() and torch.equal(grad[others], expected[others])
+
+
 def test_without_gradients_none_are_computed():
     x, weight, target = draw()
     with torch.no_grad():
