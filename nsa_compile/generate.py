@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_compile.graphs.cache import NSACache, check_cache
+from nsa_compile.graphs.cache import NSACache, check_cache, check_memory
 from nsa_compile.graphs.decode import DecodeGraph
 from nsa_compile.graphs.prefill import prefill
 from nsa_compile.ops.checks import check_int
@@ -53,8 +53,8 @@ def generate(
         prefill_chunk: tokens of every prefill call, the last one padded, so that all have one shape; default: calls of
             128, 256, … 8192 tokens, so that prompts of any lengths make few shapes.
         cache: from `NSACache.for_model(model, b, capacity)`; prompts continue what it holds. Default: a new one of
-            the needed size. Afterwards it holds prompts and generated tokens, but for the last of a row that did
-            not stop.
+            the needed size, refused where there is no memory for it. Afterwards it holds prompts and generated tokens,
+            but for the last of a row that did not stop.
         graph: a `DecodeGraph` of the model with idle rows, to decode with it and its cache; they are idle again
             afterwards. Default: a new one; on CUDA that captures the model's decode step as a CUDA graph.
         on_token: called after each step with its number (from 0) and each row's new token, None once it has stopped.
@@ -91,7 +91,9 @@ def generate(
             raise ValueError("graph: expected one whose rows are all idle, got one that decodes")
         cache = graph.cache
     if cache is None:
-        cache = NSACache.for_model(model, b, max(lengths) + max_new_tokens)
+        capacity = max(lengths) + max_new_tokens
+        check_memory(model, b, capacity, argument=("max_new_tokens", max_new_tokens))
+        cache = NSACache.for_model(model, b, capacity)
     if check_cache("cache", cache).batch != b:
         raise ValueError(f"cache: expected one for {b} rows as prompts has, got {cache.batch}")
     held = list(cache.host_lengths)

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from nsa_compile.config import NSAConfig
-from nsa_compile.graphs.cache import NSACache
+from nsa_compile.graphs.cache import NSACache, key_dtype
 from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import MLPCompressor, impl_of, set_impl
 from nsa_compile.ops.checks import check_tensor, has_shape, values_are_visible
@@ -201,6 +201,9 @@ class NsaCache(Cache):
             for new, old in zip(grown.tensors(), self.nsa.tensors(), strict=True):
                 # what is in order stays in order, and a ring keeps its length
                 (new[:, : old.shape[1]] if old.ndim == 4 else new).copy_(old)
+            for layer in grown.layers:  # of a row that compiled calls drove past its capacity tokens are missing
+                lost = layer.positions > self.nsa.capacity
+                layer.positions.masked_fill_(lost, torch.iinfo(torch.int32).max)
             grown.host_lengths, grown.host_peaks = self.nsa.host_lengths, self.nsa.host_peaks
             self.nsa = grown
         self.nsa.reserve(t)
@@ -230,8 +233,7 @@ class NsaCache(Cache):
 def _placement(model: PreTrainedModel) -> tuple[torch.dtype, set[torch.device]]:
     """Type of the keys and values that a model computes, and the devices of its weights."""
     kind = (_single_device(model) or model.device).type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    return dtype, {parameter.device for parameter in model.parameters()}
+    return key_dtype(model, kind), {parameter.device for parameter in model.parameters()}
 
 
 def _single_device(model: nn.Module) -> torch.device | None:

@@ -353,6 +353,11 @@ def test_wrong_usage_is_one_line(arguments, words, monkeypatch):
     assert (result.exit_code, result.output) == (2, "")
 
 
+def test_generate_refuses_what_no_memory_holds(trained):
+    arguments = ("generate", trained[0], "--prompt", "a", "--max-new-tokens", 10**15)
+    one_line_error(run(*arguments), "max_new_tokens: expected a cache within the", f"got {10**15} (a cache of")
+
+
 def test_generate_refuses_bad_sampling_and_prompts(trained):
     for arguments, words in (
         (("--prompt", "a", "--temperature", "-1"), "temperature: expected a finite number >= 0, got -1.0"),

@@ -558,11 +558,26 @@ def test_generate_leaves_a_graph_idle_where_it_is_interrupted():
     assert generate(model, PROMPTS[:2], max_new_tokens=9, graph=graph) == generate(model, PROMPTS[:2], max_new_tokens=9)
 
 
-def test_generate_under_autocast_takes_a_cache_of_its_type():
-    model = sharp_model("cpu").float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("changes", [{"phi": "mlp"}, {"tie_kv": True}, {"attention": "dense"}], ids=str)
+def test_a_cache_takes_the_type_that_keys_have_under_autocast(device, changes):
+    model = make_model(torch.float32, **SIZES, **changes).eval().to(device)
+    plain = NSACache.for_model(model, 2, CAPACITY)
+    with torch.autocast(device, dtype=torch.bfloat16):
         cache = NSACache.for_model(model, 2, CAPACITY, dtype=torch.bfloat16)
-        assert [len(row) for row in generate(model, PROMPTS[:2], max_new_tokens=9, cache=cache).tokens] == [9, 9]
-        refused(
-            "cache: expected keys in torch.float32 on cpu, got torch.bfloat16", generate, model, [[1]], max_new_tokens=2
-        )
+        expected = generate(model, PROMPTS[:2], max_new_tokens=9, cache=cache)
+        assert generate(model, PROMPTS[:2], max_new_tokens=9) == expected
+        cache, slot = NSACache.for_model(model, 2, CAPACITY), NSACache.for_model(model, 1, CAPACITY)
+        graph, fill = DecodeGraph(model, cache), PrefillGraph(model, slot, sizes=(4,))
+        fill([PROMPTS[0][:-1]])
+        cache.copy_row(1, slot)
+        graph.start(1, PROMPTS[0][-1], max_new_tokens=9)
+        graph.step(9)
+        assert graph.collect()[0].tokens == expected.tokens[0]
+        words = "cache: expected keys in torch.float32 on .*, got torch.bfloat16"
+        refused(words, generate, model, PROMPTS[:2], max_new_tokens=2, cache=plain)
+        double = make_model(torch.float64, **SIZES, **changes).eval()
+        generate(double, [[1, 2]], max_new_tokens=2)  # whose keys autocast leaves in fp64
+    kinds = {tensor.dtype for tensor in cache.tensors() if tensor.is_floating_point()}
+    assert kinds == {torch.bfloat16} and cache.nbytes() < plain.nbytes()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert NSACache.for_model(model, 2, 9, device="meta").layers[0].positions.is_meta

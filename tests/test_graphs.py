@@ -7,9 +7,12 @@ import torch
 from cases import draw, int32
 from models import CHOICES, LAYER, MODEL, choice_id, draw_ids, make_layer, make_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from nsa_compile import NSACache
+from nsa_compile import NSACache, generate
+from nsa_compile.graphs.cache import free_memory
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SIZES = {"l": 4, "d": 2, "l_sel": 4, "n_sel": 3, "w": 5}
 PREFIXES = (SIZES["n_sel"] + 3) * SIZES["l_sel"]
 T = PREFIXES + 7
@@ -433,3 +436,27 @@ def test_call_that_does_not_fit_writes_nothing(attention, case, message):
 def test_cache_that_cannot_be_is_refused(model, batch, capacity, message):
     with pytest.raises(ValueError, match=message):
         NSACache.for_model(model(), batch, capacity)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_cache_for_which_there_is_no_memory_is_refused(device, monkeypatch):
+    """Before anything is allocated; the capacity of the last test would fit nowhere."""
+    model = make_model(**SIZES).to(device)
+    size = NSACache.for_model(model, 3, 1000, device="meta").nbytes()
+    monkeypatch.setattr("nsa_compile.graphs.cache.free_memory", lambda device: size)
+    NSACache.for_model(model, 3, 1000)
+    monkeypatch.setattr("nsa_compile.graphs.cache.free_memory", lambda device: int(0.9 * size))
+    words = (
+        rf"^capacity: expected a cache within the 0.0 GiB that are free on {device}.*, got 1000 \(a cache of 0.0 GiB"
+    )
+    with pytest.raises(ValueError, match=words):
+        NSACache.for_model(model, 3, 1000)
+    monkeypatch.undo()
+    assert 2**20 < free_memory(model.embed.weight.device) < 2**50
+    with pytest.raises(ValueError, match=rf"^max_new_tokens: expected a cache within .*, got {10**15} \("):
+        generate(model, [[1, 2]], max_new_tokens=10**15)
+    with pytest.raises(ValueError, match=rf"^capacity: expected a cache within .*, got {10**15} \("):
+        NSACache.for_model(model, 1, 10**15)
+    NSACache.for_model(model, 1, 10**15, device="meta")
+    with FakeTensorMode():
+        NSACache.for_model(model, 1, 10**12)

@@ -197,6 +197,24 @@ def test_a_full_row_may_idle_where_the_host_can_look(model, monkeypatch):
             assert all(torch.equal(now, then) for now, then in zip(held_by(cache, 1), before, strict=True))
 
 
+def test_a_cache_of_transformers():
+    """Compiled calls, which count no columns on the host, then eager ones, for which the cache grows."""
+    hf = pytest.importorskip("nsa_compile.hf")
+    torch._dynamo.reset()
+    inner = make_model(**SIZES)
+    model, ids = hf.NsaForCausalLM.from_language_model(inner).eval(), ids_for(inner, 2)
+    cache, expected = hf.NsaCache(model, 2, CAPACITY), expected_logits(inner, ids)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(model(ids[:, : CAPACITY - 1], past_key_values=cache).logits, expected[:, : CAPACITY - 1])
+    for i in range(CAPACITY - 1, CAPACITY + 3):
+        close(step(ids[:, i : i + 1], past_key_values=cache).logits[:, 0], expected[:, i])
+    for i in range(CAPACITY + 3, CAPACITY + 6):
+        assert model(ids[:, i : i + 1], past_key_values=cache).logits.isnan().all()
+    assert cache.nsa.capacity == 2 * CAPACITY
+    cache.reset()
+    close(model(ids[:, :40], past_key_values=cache).logits, inner(ids)[:, :40])
+
+
 # --- compiled, exported, captured ------------------------------------------------------------------------------------
 
 

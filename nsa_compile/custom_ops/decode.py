@@ -114,8 +114,8 @@ def decode_attention(
     q [b, t, n, d_k], keys and values [b, t, g, *] of the new tokens, none of them rotated; gates [b, t, n, 3]; `count`
     int32 [b] of them are taken, default all. k_emitted, v_emitted [b, ceil(t / d), g, *] are φ of the blocks from the
     first incomplete one on, default their means. The window's are None where it shares the selection's keys and values.
-    Tokens past the capacity are kept nowhere, but positions count them. Returns o [b, t, n, d_v], NaN for tokens past the
-    capacity and 0 for those not taken, and the chosen blocks int32 [b, t, g, n_sel].
+    Tokens past the capacity are kept nowhere, but positions count them. Returns o [b, t, n, d_v], NaN for tokens past
+    the capacity and 0 for those not taken, and the chosen blocks int32 [b, t, g, n_sel].
     """
     from nsa_compile.custom_ops.kernels import decode
 

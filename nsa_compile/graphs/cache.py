@@ -1,8 +1,12 @@
 """NSACache: what the layers of a model remember, in static buffers with positions on the device."""
 
 import copy
+import os
+import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +20,8 @@ class LayerCache:
 
     A buffer shorter than the capacity is a ring: token p lies at index p % length. `positions` int32 [batch] counts the
     tokens each row was given, which is also the position of its next token. Nothing in a buffer needs clearing: what
-    lies at or after a row's position is never read into a result. Tokens past the capacity are kept nowhere and give NaN,
-    but they count: a row goes on giving NaN until it is taken back to its capacity or less.
+    lies at or after a row's position is never read into a result. Tokens past the capacity are kept nowhere and give
+    NaN, but they count: a row goes on giving NaN until it is taken back to before its end.
 
     `nominal_reads` int64 [batch, 4] and `actual_reads` int64 [batch, n_kv_groups, 4] are the tokens that each row's
     last query read, as (cmp, slc, win, total); 0 for a row that was idle in the last call.
@@ -115,6 +119,86 @@ def first_parameter(module: nn.Module) -> nn.Parameter:
     return next(p for p in module.parameters() if p.is_floating_point())
 
 
+def key_dtype(model: nn.Module, kind: str) -> torch.dtype:
+    """Type of the keys that a model computes on a kind of device: its weights' or, but for fp64, autocast's."""
+    dtype = first_parameter(model).dtype
+    if dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that new tensors may take on a device, of the host's those of the container; None for other devices."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path, pattern, unit in (
+        ("/proc/meminfo", r"MemAvailable:\s+(\d+) kB", 1024), ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),
+    ):  # fmt: skip
+        found = re.search(pattern, Path(path).read_text()) if os.access(path, os.R_OK) else None
+        free = free if found is None else min(free, unit * int(found[1]))
+    return free
+
+
+class _Part(NamedTuple):
+    """What a cache has for one layer."""
+
+    module: nn.Module
+    layout: dict[str, tuple[int, int]]
+    g: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _parts(
+    model: nn.Module, batch: int, capacity: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> list[_Part]:
+    """The attention layers of a model; arguments and errors as those of `NSACache.for_model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_int("batch", batch)
+    check_int("capacity", capacity)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+    modules = [m for m in model.modules() if hasattr(m, "cache_layout")]
+    if not modules:
+        raise ValueError(f"model: expected a module with attention layers, got {type(model).__name__} without any")
+    parts = []
+    for module in modules:
+        layout, g = cast(Any, module).cache_layout(capacity)
+        place = torch.device(device or first_parameter(module).device)
+        parts.append(_Part(module, layout, g, dtype or key_dtype(model, place.type), place))
+    return parts
+
+
+def check_memory(
+    model: nn.Module, batch: int, capacity: int, *, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None, argument: tuple[str, int] | None = None,
+) -> None:  # fmt: skip
+    """Raise ValueError naming an argument (default the capacity) if a cache takes more memory than is free.
+
+    Nothing is allocated. Other arguments and errors as those of `NSACache.for_model`.
+    """
+    parts = _parts(model, batch, capacity, dtype, device)
+    if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # sizes that nothing is allocated for
+        return
+    needed: Counter[torch.device] = Counter()
+    for part in parts:
+        elements = part.g * sum(length * channels for length, channels in part.layout.values())
+        needed[part.device] += batch * elements * part.dtype.itemsize
+    for place, size in needed.items():
+        free = free_memory(place)
+        if free is not None and size > free:
+            name, value = argument or ("capacity", capacity)
+            raise ValueError(
+                f"{name}: expected a cache within the {free / 2**30:.1f} GiB that are free on {place}, "
+                f"got {value} (a cache of {size / 2**30:.1f} GiB)"
+            )
+
+
 class NSACache:
     """Static caches of all attention layers of a model, for `batch` rows of up to `capacity` tokens.
 
@@ -142,28 +226,18 @@ class NSACache:
             model: an `NSALanguageModel`, an `NSAAttention`, or any module that contains such layers (compiled or not).
             batch: rows.
             capacity: tokens per row, prompt and generated ones together.
-            dtype, device: of keys and values; default the type of the model's first floating-point parameter, and for
-                each layer the device of its own first one.
+            dtype, device: of keys and values; default the type that the model's keys have (that of its first
+                floating-point parameter, or under `torch.autocast` autocast's), and for each layer the device of its
+                own first parameter.
 
-        Raises: ValueError or TypeError for sizes below 1, a model without attention layers, or a type that is no float.
+        Raises: ValueError or TypeError for sizes below 1, a cache for which there is no memory (nothing is allocated
+            then), a model without attention layers, or a type that is no float.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        check_int("batch", batch)
-        check_int("capacity", capacity)
-        if dtype is not None and dtype not in FLOAT_DTYPES:
-            raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")
-        modules = [m for m in model.modules() if hasattr(m, "cache_layout")]
-        if not modules:
-            raise ValueError(f"model: expected a module with attention layers, got {type(model).__name__} without any")
-        dtype = dtype or first_parameter(model).dtype
+        check_memory(model, batch, capacity, dtype=dtype, device=device)
+        parts = _parts(model, batch, capacity, dtype, device)
         with torch.inference_mode(False):
-            layers = []
-            for module in modules:
-                layout, g = cast(Any, module).cache_layout(capacity)
-                place = torch.device(device or first_parameter(module).device)
-                layers.append(LayerCache(layout, g, batch, capacity, dtype, place))
-        cache = cls(modules, layers, batch, capacity)
+            layers = [LayerCache(x.layout, x.g, batch, capacity, x.dtype, x.device) for x in parts]
+        cache = cls([x.module for x in parts], layers, batch, capacity)
         for tensor in cache.tensors():
             torch._dynamo.mark_static_address(tensor)
         return cache

@@ -39,7 +39,7 @@ def export_program(
     The program computes `(ids, lengths, tensors) -> logits` for any number b of rows: ids int64 [b, t], lengths int32
     [b] (tokens of each right-padded row), `tensors` those of an `NSACache` in the order of `cache.tensors()`, to which
     it appends in place; logits [b, 1, vocab_size] after each row's last token. Run it without gradients. It checks no
-    values: on a row without room tokens are dropped, so let `cache.reserve` count. A package of AOTInductor checks no
+    values: tokens that a row has no room for give NaN, so let `cache.reserve` count. A package of AOTInductor checks no
     sizes and types, either. Its attention is the ops of this package, which Python runs: import `nsa_compile` before a
     program is loaded.
 

@@ -2,9 +2,9 @@
 
 Append (rotate q and keys, write every cache, emit the compressed tokens that are due) | scan the compressed tokens and
 the window in splits | scores of blocks | choice | attend to the chosen blocks in splits | merge splits and branches.
-Row b was given positions[b] tokens before the step and is given `count[b]` <= t more. Those past the capacity are not
-kept and get NaN, while positions count on. Buffers are contiguous [b, length, g, channels], token p at index p % length.
-LSEs are in base 2.
+Row b was given positions[b] tokens before the step and is given `count[b]` <= t more. Those past the capacity are kept
+nowhere and give NaN, but positions count them. Buffers are contiguous [b, length, g, channels], token p at index
+p % length. LSEs are in base 2.
 """
 
 import math
