@@ -26,13 +26,15 @@ def draw_family(rng: random.Random, size: str) -> dict[str, Any]:
     """
     tiny = size == "interpreter"
     most = {"gpu": 160, "cpu": 48, "interpreter": 16}[size]
-    l, d, l_sel = draws.blocks(rng, {"gpu": 128, "cpu": 48, "interpreter": 8}[size])
+    l, d, l_sel = draws.blocks(
+        rng, rng.choice({"gpu": (8, 32, 64, 128), "cpu": (4, 8, 24), "interpreter": (4, 8)}[size])
+    )
     g = rng.choice((1, 1, 2, 2, 3, 4)) if not tiny else rng.choice((1, 2))
     h = rng.choice((1, 2, 3, 4, 5, 8, 16)) if g < 3 and not tiny else rng.choice((1, 2, 3, 4))
     sizes = {
         "dim": rng.choice((8, 24, 32, 48, 64)), "n_heads": g * h, "n_kv_groups": g,
         "d_k": 2 * (draws.width(rng, most) // 2), "d_v": draws.width(rng, most), "l": l, "d": d, "l_sel": l_sel,
-        **draws.selection(rng, 6 if tiny else 12),
+        **draws.selection(rng, rng.choice((4, 6, 12)) if size == "gpu" else 5),
         "w": draws.log_uniform(rng, 1, {"gpu": 200, "cpu": 60, "interpreter": 12}[size]),
         "phi": rng.choice(("avg", "mlp")), "gate": rng.choice(("softmax", "sigmoid")),
         "gate_hidden": rng.choice((None, None, 1, 7)), "gate_temperature": rng.choice((1.0, 1.0, 0.25, 3.0)),
@@ -53,8 +55,10 @@ def draw_length(family: Mapping[str, Any], rows: int, rng: random.Random) -> int
     """Tokens of a row that is judged together with others, often at an edge of blocks, window or ring."""
     c = family["sizes"]
     units = (c["l"], c["d"], c["l_sel"], c["w"], c["w"] + 7, c["l_sel"] * c["n_sel"])
-    most = int((CELLS[family["size"]] / (rows * c["n_heads"])) ** 0.5)
-    return draws.length(rng, units, max(4, min(most, 700)))
+    most = max(4, min(700, int((CELLS[family["size"]] / (rows * c["n_heads"])) ** 0.5)))
+    if c["l_sel"] * c["n_sel"] < most and rng.random() < 0.4:  # so that blocks are left out
+        return rng.randint(c["l_sel"] * c["n_sel"], most)
+    return draws.length(rng, units, most)
 
 
 @lru_cache(maxsize=1)
