@@ -44,6 +44,8 @@ class Mutant(NamedTuple):
     file: str
     kinds: str
     size: str
+    needs: str
+    """A condition on families: on their values, and `of_hopper`, `of_hopper_dq`, `of_hopper_dk`; empty for none."""
     old: str
     new: str
 
@@ -71,9 +73,11 @@ def read_mutants(path: Path = LIST) -> list[Mutant]:
             mutants[-1] = mutants[-1]._replace(new=f"{mutants[-1].new}{line[2:]}\n")
         elif line and not line.startswith("#"):
             fields = [field.strip() for field in line.split("|")]
-            if len(fields) != 4:
-                raise ValueError(f"{path.name}: expected name | file | kinds | size in line {number}, got {line!r}")
-            mutants.append(Mutant(*fields, "", ""))
+            if len(fields) not in (4, 5):
+                raise ValueError(
+                    f"{path.name}: expected name | file | kinds | size | needs in line {number}, got {line!r}"
+                )
+            mutants.append(Mutant(*fields[:4], fields[4] if len(fields) == 5 else "", "", ""))
     return [x._replace(old=x.old.removesuffix("\n"), new=x.new.removesuffix("\n")) for x in mutants]
 
 
@@ -87,12 +91,28 @@ def plant(mutant: Mutant, folder: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
+def fits(family: dict[str, Any], needs: str) -> bool:
+    """Whether a family of `ops` meets the condition, so that its cases run what an error changed."""
+    if not needs:
+        return True
+    f = family
+    two_bytes = f["impl"] == "auto" and f["dtype"] in ("bf16", "fp16")
+    of_hopper = two_bytes and f["d_k"] <= 256 and f["d_v"] <= 128
+    names = {
+        "of_hopper": of_hopper,
+        "of_hopper_dq": of_hopper and max(f["d_k"], f["d_v"]) > 64 and f["d_k"] <= 128,
+        "of_hopper_dk": of_hopper and f["d_k"] <= 128 and f["h"] in (1, 2, 4, 8, 16, 32, 64),
+    }
+    return bool(eval(needs, {"__builtins__": {}}, {**f, **names}))
+
+
 class Requests:
     """Cases of some kinds for one size: the same for every error, drawn when one first asks for them."""
 
-    def __init__(self, kinds: str, size: str, seed: str, cases: int) -> None:
+    def __init__(self, kinds: str, size: str, needs: str, seed: str, cases: int) -> None:
         import fuzz
 
+        self.needs = needs
         self.drawn: list[dict[str, Any]] = []
         self.families = fuzz.families(kinds.split(","), f"{seed}/{size}", size, cases)
         self.more = self.draw()
@@ -100,6 +120,8 @@ class Requests:
 
     def draw(self) -> Iterator[dict[str, Any]]:
         for family in self.families:
+            if not fits(family.values, self.needs):
+                continue
             while (request := family.next_request()) is not None:
                 yield request
 
@@ -155,14 +177,14 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.cache = Path(options.cache).resolve() if options.cache else folder / "triton"
-        self.requests: dict[tuple[str, str], Requests] = {}
+        self.requests: dict[tuple[str, str, str], Requests] = {}
         self.passed: dict[str, bool] = {}
         self.clean: list[Checker] = []
         self.lock = threading.Lock()
 
     def requests_of(self, mutant: Mutant) -> Requests:
         with self.lock:
-            key = mutant.kinds, mutant.size
+            key = mutant.kinds, mutant.size, mutant.needs
             if key not in self.requests:
                 o = self.options
                 self.requests[key] = Requests(*key, o.seed, o.family_cases)

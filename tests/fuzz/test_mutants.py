@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from functools import lru_cache
+from typing import Any
+
 import mutants
 import pytest
 
@@ -20,6 +24,19 @@ def test_there_are_sixty_errors_of_every_kind():
     assert len({mutant.name for mutant in PLANTED}) == len(PLANTED) >= 60
     assert {mutant.size for mutant in PLANTED} == set(mutants.SIZES)
     assert {kind for mutant in PLANTED for kind in mutant.kinds.split(",")} == {"ops", "others", "caches", "models"}
+
+
+@lru_cache
+def draw_families(size: str) -> list[dict[str, Any]]:
+    op_checks = pytest.importorskip("op_checks")
+    return [op_checks.draw_family(random.Random(seed), size) for seed in range(3000)]
+
+
+@pytest.mark.parametrize("needs", sorted({mutant.needs for mutant in PLANTED}))
+def test_families_that_run_an_error_are_drawn(needs):
+    """One in 300 at least, so that the fuzzer by itself comes by them."""
+    for size in {mutant.size for mutant in PLANTED if mutant.needs == needs}:
+        assert sum(mutants.fits(family, needs) for family in draw_families(size)) >= 10
 
 
 def test_only_the_copy_has_the_error(tmp_path):
