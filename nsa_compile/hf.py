@@ -327,7 +327,7 @@ class NsaModel(NsaPreTrainedModel):
             use_cache: True without a cache: make one and return it. The config's `use_cache` does not ask for one.
             output_hidden_states: return the inputs of all blocks and the last hidden state.
             output_attentions: must not be True: no attention weights are there.
-            cu_seq_lens_q: int32 [N + 1], ends of packed sequences, for b = 1.
+            cu_seq_lens_q: int32 or int64 [N + 1], ends of packed sequences, for b = 1.
             kwargs: what the library passes besides, ignored.
 
         Raises: ValueError or TypeError naming the argument, before anything is written.
@@ -401,6 +401,8 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         Arguments as in `NsaModel.forward`, and `logits_to_keep`: columns, or the number of last columns that get
         logits, all by default; of a row padded on the right, those of its last tokens.
         """
+        if labels is not None:
+            check_tensor("labels", labels)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
             use_cache=use_cache, cache=past_key_values if cache is None else cache, **kwargs | {"return_dict": True},

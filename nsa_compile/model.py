@@ -58,7 +58,7 @@ class DenseAttention(PackedProjections):
     ) -> Tensor:  # fmt: skip
         """As `NSAAttention.forward`; `branch` must be None."""
         c = self.config
-        t = check_layer_input(x, c.dim, cache, cu_seqlens, lengths, attn_mask)
+        t, cu_seqlens, lengths = check_layer_input(x, c.dim, cache, cu_seqlens, lengths, attn_mask)
         if branch is not None:
             raise ValueError(f"branch: expected None (dense attention has no branches), got {branch!r}")
         layer = None if cache is None else cache.layer(self)
@@ -131,6 +131,7 @@ class LlamaBlockNSA(nn.Module):
         lengths: Tensor | None = None, *, branch: str | None = None, attn_mask: None = None,
     ) -> Tensor:  # fmt: skip
         """x [b, t, dim] → [b, t, dim]; arguments as in `NSAAttention.forward`."""
+        check_tensor("x", x)
         x = x + self.attn(self.norm_attn(x), cache, cu_seqlens, lengths, branch=branch, attn_mask=attn_mask)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -200,7 +201,7 @@ class NSALanguageModel(nn.Module):
     ) -> Tensor:  # fmt: skip
         """What the head reads, [b, t, dim]; arguments as in `forward`."""
         check_ids(ids, self.config.vocab_size)
-        check_row_layout(ids, cache, cu_seqlens, lengths)
+        cu_seqlens, lengths = check_row_layout(ids, cache, cu_seqlens, lengths)
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, cache, cu_seqlens, lengths, branch=branch, attn_mask=attn_mask)
@@ -211,8 +212,14 @@ class NSALanguageModel(nn.Module):
 
         ids [b, t] with t >= 2; `cu_seqlens` and `lengths` as in `forward`. Compiles to one graph. The logits of all
         tokens are never there at once; see `linear_cross_entropy`.
+
+        Raises: ValueError or TypeError naming the argument, also where no token has a next one, as far as the host can
+            see that; else the loss is 0 then.
         """
+        check_ids(ids, self.config.vocab_size)
+        cu_seqlens, lengths = check_row_layout(ids, None, cu_seqlens, lengths)
         target = next_tokens(ids, cu_seqlens, lengths)
+        check_targets(ids, target)
         x = self.hidden(ids, None, cu_seqlens, lengths)
         total = linear_cross_entropy(x.flatten(0, 1), self.head.weight, target.flatten())
         return total / (target >= 0).sum().clamp_min(1)
@@ -222,6 +229,8 @@ class NSALanguageModel(nn.Module):
         self, ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
     ) -> list[GateStatistics]:
         """How each layer mixes its branches on a batch; see `gate_statistics`."""
+        check_ids(ids, self.config.vocab_size)
+        cu_seqlens, lengths = check_row_layout(ids, None, cu_seqlens, lengths)
         valid = valid_tokens(ids, cu_seqlens, lengths)
         gates: list[Tensor] = []
         modules = [m for m in self.modules() if isinstance(m, GateMLP)]
@@ -280,6 +289,16 @@ def check_ids(ids: object, vocab_size: int) -> None:
     if values_are_visible(tensor) and not 0 <= tensor.min() <= tensor.max() < vocab_size:
         low, high = (int(x) for x in tensor.aminmax())
         raise ValueError(f"ids: expected values in 0 … {vocab_size - 1}, got {low} … {high}")
+
+
+def check_targets(ids: Tensor, target: Tensor) -> None:
+    """Raise ValueError for rows in which no token has a next one to predict, as far as the host can see that."""
+    if ids.shape[1] < 2:
+        raise ValueError(
+            f"ids: expected rows of at least 2 tokens, the second for the first to predict, got {tuple(ids.shape)}"
+        )
+    if values_are_visible(target) and bool((target < 0).all()):
+        raise ValueError("ids: expected a sequence of at least 2 tokens to predict one of, got only shorter ones")
 
 
 def next_tokens(ids: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:

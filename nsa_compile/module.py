@@ -53,6 +53,7 @@ class GateMLP(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor) -> Tensor:
         """Gates for hidden states x [b, t, dim] and unrotated queries q [b, t, n_heads, d_k], in the type of q."""
+        check_tensor("x", x), check_tensor("q", q)
         return self.values(x, q).to(q.dtype)
 
     def values(self, x: Tensor, q: Tensor) -> Tensor:
@@ -292,8 +293,8 @@ class NSAAttention(PackedProjections):
         Args:
             x: [b, t, dim] float.
             cache: made by `NSACache.for_model` for this layer or a model around it; x continues what it holds.
-            cu_seqlens: int32 [N + 1] on the device of x, for b = 1 packed sequences; not with a cache.
-            lengths: int32 [b] on the device of x: tokens of each right-padded row, the others are ignored.
+            cu_seqlens: int32 or int64 [N + 1] on the device of x, for b = 1 packed sequences; not with a cache.
+            lengths: int32 or int64 [b] on the device of x: tokens of each right-padded row, the others are ignored.
             branch: "cmp", "slc" or "win" to let that branch alone through, for ablation.
             attn_mask: must be None: attention is causal, its sparsity is learned.
 
@@ -302,7 +303,7 @@ class NSAAttention(PackedProjections):
         Raises: ValueError or TypeError naming the argument, before anything is written.
         """
         c = self.config
-        t = check_layer_input(x, c.dim, cache, cu_seqlens, lengths, attn_mask)
+        t, cu_seqlens, lengths = check_layer_input(x, c.dim, cache, cu_seqlens, lengths, attn_mask)
         check_branch(branch)
         layer = None if cache is None else cache.layer(self)
         valid = valid_tokens(x, cu_seqlens, lengths)
@@ -434,14 +435,13 @@ class NSAAttention(PackedProjections):
 
 def check_layer_input(
     x: Tensor, dim: int, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None, attn_mask: object
-) -> int:
-    """Check the arguments of an attention layer's forward and return the number of tokens per row."""
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """Check the arguments of an attention layer's forward; tokens per row, `cu_seqlens` and `lengths` as int32."""
     if check_tensor("x", x).ndim != 3 or x.shape[-1] != dim or 0 in x.shape:
         raise ValueError(f"x: expected shape [b, t, {dim}] with b, t >= 1, got {tuple(x.shape)}")
     if attn_mask is not None:
         raise ValueError("attn_mask: expected None (attention is causal; use lengths or cu_seqlens), got a mask")
-    check_row_layout(x, cache, cu_seqlens, lengths)
-    return x.shape[1]
+    return x.shape[1], *check_row_layout(x, cache, cu_seqlens, lengths)
 
 
 def check_branch(branch: object) -> None:
@@ -457,8 +457,10 @@ def valid_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -
     return None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
-def check_row_layout(x: Tensor, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
-    """Check `cu_seqlens` and `lengths` for rows x [b, t, ...]: at most one of them, no packing with a cache."""
+def check_row_layout(
+    x: Tensor, cache: object, cu_seqlens: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return `cu_seqlens` and `lengths` of rows x [b, t, ...] as int32: at most one of them, no packed cached rows."""
     b, t = x.shape[:2]
     if cache is not None and not hasattr(cache, "layer"):
         raise TypeError(f"cache: expected an NSACache, got {type(cache).__name__}")
@@ -466,6 +468,7 @@ def check_row_layout(x: Tensor, cache: object, cu_seqlens: Tensor | None, length
         if cache is not None or lengths is not None:
             other = "cache" if cache is not None else "lengths"
             raise ValueError(f"cu_seqlens: expected None together with {other}, got both")
-        check_cu_seqlens(cu_seqlens, b, t, x.device)
+        cu_seqlens = check_cu_seqlens(cu_seqlens, b, t, x.device)
     if lengths is not None:
-        check_lengths(lengths, b, t, x.device)
+        lengths = check_lengths(lengths, b, t, x.device)
+    return cu_seqlens, lengths

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops import sharding  # noqa: F401  (lets the ops take DTensors)
 from nsa_compile.custom_ops.cross_entropy import linear_cross_entropy
-from nsa_compile.model import NSALanguageModel, check_ids, next_tokens
+from nsa_compile.model import NSALanguageModel, check_ids, check_targets, next_tokens
 from nsa_compile.module import GateMLP, NSAAttention, check_branch, check_row_layout
-from nsa_compile.ops.checks import check_int
+from nsa_compile.ops.checks import check_int, check_number
 from nsa_compile.ops.gating import GateStatistics
 from nsa_compile.ops.layout import compressed_slots, query_layout
 
@@ -107,6 +107,8 @@ def parallelize(
 
 def check_plan(model: NSALanguageModel, mesh: DeviceMesh) -> None:
     """Check that the model can be spread over the mesh."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a DeviceMesh, as make_mesh gives it, got {type(mesh).__name__}")
     if mesh.mesh_dim_names != MESH_DIMS or mesh.size() != dist.get_world_size():
         raise ValueError(
             f"mesh: expected dimensions {MESH_DIMS} over {dist.get_world_size()} processes, got "
@@ -193,7 +195,7 @@ class ParallelLanguageModel(NSALanguageModel):
         if cache is not None:
             raise ValueError("cache: expected none with cp > 1, got one")
         check_ids(ids, self.config.vocab_size)
-        check_row_layout(ids, None, cu_seqlens, lengths)
+        cu_seqlens, lengths = check_row_layout(ids, None, cu_seqlens, lengths)
         x = self.embed(self.own_tokens(ids))
         for layer in self.layers:
             x = layer(x, None, cu_seqlens, lengths, **kwargs)
@@ -205,7 +207,11 @@ class ParallelLanguageModel(NSALanguageModel):
         Its gradient is that of this rank's share times dp * cp, since `fully_shard` averages over those ranks.
         """
         plan = self.plan
+        check_ids(ids, self.config.vocab_size)
+        cu_seqlens, lengths = check_row_layout(ids, None, cu_seqlens, lengths)
         target = next_tokens(ids, cu_seqlens, lengths)
+        if ids.shape[1] < 2:  # without a look at values: other ranks may have what is missing here
+            check_targets(ids, target)
         count = all_reduce((target >= 0).sum(), plan.rows).clamp_min(1)
         x = self.hidden(ids, None, cu_seqlens, lengths).flatten(0, 1)
         share = linear_cross_entropy(x, self.head.weight, self.own_tokens(target).flatten()) / count
@@ -249,6 +255,9 @@ class ParallelLanguageModel(NSALanguageModel):
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients of a parallel model down to the norm `max_norm` over all ranks; the norm before, a scalar."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_number("max_norm", max_norm)
     weights = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

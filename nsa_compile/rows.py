@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_compile.ops.checks import check_tensor, has_shape, values_are_visible
+from nsa_compile.ops.checks import check_ints_of, check_tensor, has_shape, values_are_visible
 from nsa_compile.ops.layout import ends_of_sequences, roll_rows
 
 
@@ -75,9 +75,7 @@ def lay_out(
             raise ValueError(f"position_ids: expected shape [{b}, {t}], got {tuple(position_ids.shape)}")
     name = "cu_seq_lens_q"
     if cu_seqlens is not None:
-        kind, shape = check_tensor(name, cu_seqlens).dtype, tuple(cu_seqlens.shape)
-        if kind not in (torch.int32, torch.int64) or len(shape) != 1:
-            raise ValueError(f"{name}: expected integers [N + 1], got {kind} {shape}")
+        check_ints_of(name, cu_seqlens, "N + 1")
         if b != 1:
             raise ValueError(f"{name}: expected a batch of 1 packed row, got a batch of {b}")
     elif position_ids is not None and t > 1:

@@ -47,8 +47,10 @@ def calls(model) -> dict:
 NAMES = ("loss", "packed loss", "one row", "packed", "lengths", "cache")
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [(name, "default") for name in NAMES] + [(name, x) for name in ("one row", "packed") for x in ("mlp", "tied")],
+)
 def test_every_length_as_third(name, choice):
     model = make_model(**SIZES | CHOICES[choice])
     call = calls(model)[name]

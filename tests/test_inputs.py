@@ -154,8 +154,8 @@ def test_heads_that_are_no_multiple_of_the_groups(name):
         ("apply_rope", {"x": torch.randn(B, T, G, 5)}, "x: expected shape .* d even, got"),
         ("apply_rope", {"positions": torch.arange(T).float()}, "positions: expected dtype int32 or int64, got"),
         ("apply_rope", {"positions": torch.arange(3)}, "positions: expected shape .*, got"),
-        ("selected_attention", {"block_indices": torch.zeros(B, T, G, 2, dtype=torch.int64)},
-         "block_indices: expected dtype torch.int32, got torch.int64"),
+        ("selected_attention", {"block_indices": torch.zeros(B, T, G, 2, dtype=torch.int16)},
+         "block_indices: expected dtype int32 or int64, got torch.int16"),
         ("selected_attention", {"block_indices": torch.zeros(B, T, 1, 2, dtype=torch.int32)},
          "block_indices: expected shape .*, got"),
         ("selected_attention", {"block_indices": torch.zeros(B, T, G, 2, dtype=torch.int32)},
@@ -190,7 +190,7 @@ def test_sizes_that_are_no_integers():
     ("q_start", "match"),
     [
         (int32(0), "q_start: expected shape"),
-        (torch.zeros(B, dtype=torch.int64), "q_start: expected dtype torch.int32, got torch.int64"),
+        (torch.zeros(B), "q_start: expected dtype int32 or int64, got torch.float32"),
         (int32(0, -1), "q_start: expected values in 0 … .*, got -1 … 0"),
         (int32(0, 99), "q_start: expected values in 0 … .*, got 0 … 99"),
     ],
@@ -208,10 +208,11 @@ def test_wrong_starts(name, q_start, match):
         (int32(1, 9), r"cu_seqlens: expected to start at 0 .*, got \[1, 9\]"),
         (int32(0, 21), r"cu_seqlens: expected .* or pass 20 tokens, got \[0, 21\]"),
         (int32(0), "cu_seqlens: expected shape"),
-        (torch.tensor([0, 9]), "cu_seqlens: expected dtype torch.int32, got torch.int64"),
+        (torch.tensor([0.0, 9.0]), "cu_seqlens: expected dtype int32 or int64, got torch.float32"),
+        (torch.tensor([0, 2**32]), "cu_seqlens: expected values of 32 bits, got 0 … 4294967296"),
         ([0, 9], "cu_seqlens: expected a torch.Tensor, got list"),
     ],
-    ids=["falls", "starts-late", "too-long", "no-sequence", "dtype", "list"],
+    ids=["falls", "starts-late", "too-long", "no-sequence", "dtype", "too-large", "list"],
 )
 def test_wrong_packing(name, cu_seqlens, match):
     one = {k: v[:1] for k, v in arguments(name).items() if isinstance(v, torch.Tensor)}
@@ -291,7 +292,7 @@ def test_dropout_is_refused():
         ({"lengths": int32(9, 10)}, r"lengths: expected 0 <= lengths <= 9, got \[9, 10\]"),
         ({"lengths": int32(9, -1)}, r"lengths: expected 0 <= lengths <= 9, got \[9, -1\]"),
         ({"lengths": int32(9)}, r"lengths: expected shape \(2,\), got \(1,\)"),
-        ({"lengths": torch.tensor([9, 9])}, "lengths: expected dtype torch.int32, got torch.int64"),
+        ({"lengths": torch.tensor([True, True])}, "lengths: expected dtype int32 or int64, got torch.bool"),
         ({"cu_seqlens": int32(0, 9)}, "cu_seqlens: expected a batch of 1 packed row, got a batch of 2"),
         ({"x": torch.randn(1, 9, 16), "cu_seqlens": int32(0, 9, 4)}, r"cu_seqlens: .*, got \[0, 9, 4\]"),
         ({"x": torch.randn(1, 9, 16), "cu_seqlens": int32(0, 9), "lengths": int32(9)},

@@ -251,3 +251,17 @@ def test_choices_and_positions_go_through_every_transform():
     positions = torch.stack((torch.arange(3), torch.arange(3) + 5))
     cos, _ = func.vmap(lambda x: OPS.rope_turns(x, 3, 1e4, False))(positions)
     assert torch.equal(cos, OPS.rope_turns(positions, 3, 1e4, False)[0])
+
+
+def test_compiled_transforms():
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, 9, n, 4) for n in (4, 2, 2))
+
+    def value(q):
+        return window_attention(q, k, v, w=W)[0].square().sum()
+
+    for transform in (func.grad(value), lambda q: func.jvp(value, (q,), (q,))[1]):
+        expected = transform(q)
+        got = torch.compile(transform, fullgraph=True, backend="aot_eager")(q)
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nsa_compile.config import NSAConfig
 from nsa_compile.custom_ops.nsa import nsa_attention
 from nsa_compile.module import GateMLP, MeanCompressor, MLPCompressor, impl_of, set_impl
+from nsa_compile.ops.checks import check_ints_of, check_tensor
 from nsa_compile.ops.layout import compressed_slots, ends_of_sequences, roll_rows
 from nsa_compile.rows import require
 
@@ -211,7 +212,7 @@ def find_rows(
             `generate` makes of it for a static cache, also in a dict by type of layer.
         position_ids: int [b or 1, t]; where they do not count on, a packed row's next sequence starts. None where a
             cache says the positions.
-        cu_seqlens: int32 [N + 1], as DataCollatorWithFlattening gives it (`cu_seq_lens_q`).
+        cu_seqlens: int32 or int64 [N + 1], as DataCollatorWithFlattening gives it (`cu_seq_lens_q`).
         past: tokens in the cache.
 
     Raises: ValueError for padding within a row, packed rows with a mask or in a batch of more than one, other masks;
@@ -222,9 +223,12 @@ def find_rows(
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None with packed sequences (cu_seq_lens_q), got padding as well")
+        check_ints_of("cu_seq_lens_q", cu_seqlens, "N + 1")
         if b != 1:
             raise ValueError(f"cu_seq_lens_q: expected a batch of 1 packed row, got a padded batch of {b}")
         return Rows(cu_seqlens=cu_seqlens.int())
+    if position_ids is not None:
+        check_tensor("position_ids", position_ids)
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention")
     if attention_mask is None:

@@ -39,9 +39,9 @@ def select_blocks(
         l, d, l_sel: length and stride of a compression block, length of a selection block, in tokens; d divides l and
             l_sel, l <= l_sel.
         n_sel: blocks per query, at least init_blocks + local_blocks; init_blocks >= 0, local_blocks >= 1.
-        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); c may
-            then be that of a longer buffer.
-        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; block numbers are local to each.
+        q_start: int32 or int64 [b] on the device, position of each row's first query (packed: its index in the row);
+            c may then be that of a longer buffer.
+        cu_seqlens: int32 or int64 [N + 1] on the device, for b = 1 packed sequences; block numbers are local to each.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference" or "triton".
 
@@ -58,7 +58,7 @@ def select_blocks(
         )
     check_blocks(l=l, d=d, l_sel=l_sel)
     check_selected(n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks)
-    check_compressed_placement(q, k_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens)
+    q_start, cu_seqlens = check_compressed_placement(q, k_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens)
     runs_triton("select_blocks", impl, q)
     return torch.ops.nsa_compile.select_blocks(
         q.detach(), k_cmp.detach(), lse.detach(), l, d, l_sel, n_sel, init_blocks, local_blocks, q_start, cu_seqlens,

@@ -29,7 +29,7 @@ def compress_mean(k: Tensor, *, l: int, d: int, cu_seqlens: Tensor | None = None
     Args:
         k: [b, s, g, channels] keys or values, float.
         l, d: length and stride of a block in tokens; d divides l.
-        cu_seqlens: int32 [N + 1] on the device of k, for b = 1 packed sequences.
+        cu_seqlens: int32 or int64 [N + 1] on the device of k, for b = 1 packed sequences.
         impl: "auto", "reference" or "triton".
 
     Returns: [b, c, g, channels] in the type of k, summed in at least fp32. c = num_cmp(s, l, d); packed: c = s // d
@@ -39,7 +39,7 @@ def compress_mean(k: Tensor, *, l: int, d: int, cu_seqlens: Tensor | None = None
     """
     check_layout({"k": (k, "b s g channels")})
     check_blocks(l=l, d=d)
-    check_placement(k, q_start=None, cu_seqlens=cu_seqlens, end=None, key="k")
+    _, cu_seqlens = check_placement(k, q_start=None, cu_seqlens=cu_seqlens, end=None, key="k")
     runs_triton("compress_mean", impl, k)
     return torch.ops.nsa_compile.compress_mean(k, l, d, cu_seqlens, impl)
 
@@ -127,9 +127,9 @@ def compressed_attention(
         q: [b, t, n_heads, d_k] float; query head n belongs to group n // (n_heads // g).
         k_cmp, v_cmp: [b, c, g, d_k], [b, c, g, d_v], as `compress_mean` gives them.
         l, d: length and stride of a compression block in tokens; d divides l.
-        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); c may
-            then be that of a longer buffer.
-        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; c = t // d without q_start.
+        q_start: int32 or int64 [b] on the device, position of each row's first query (packed: its index in the row);
+            c may then be that of a longer buffer.
+        cu_seqlens: int32 or int64 [N + 1] on the device, for b = 1 packed sequences; c = t // d without q_start.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference", "triton" or "flash".
 
@@ -141,7 +141,7 @@ def compressed_attention(
     sizes = check_layout({"q": (q, "b t n d_k"), "k_cmp": (k_cmp, "b c g d_k"), "v_cmp": (v_cmp, "b c g d_v")})
     check_heads(sizes["n"], sizes["g"])
     check_blocks(l=l, d=d)
-    check_compressed_placement(q, k_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens)
+    q_start, cu_seqlens = check_compressed_placement(q, k_cmp, l=l, d=d, q_start=q_start, cu_seqlens=cu_seqlens)
     runs_triton("compressed_attention", impl, q, v_cmp)
     scale = default_scale(q, scale)
     return torch.ops.nsa_compile.compressed_attention(q, k_cmp, v_cmp, l, d, q_start, cu_seqlens, scale, impl)
@@ -149,15 +149,16 @@ def compressed_attention(
 
 def check_compressed_placement(
     q: Tensor, k_cmp: Tensor, *, l: int, d: int, q_start: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    """Check where the queries stand against the number of compressed tokens."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check where the queries stand against the number of compressed tokens; `q_start` and `cu_seqlens` as int32."""
     t, c = q.shape[1], k_cmp.shape[1]
-    check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=c * d + l - 1, key="k_cmp")
+    where = check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=c * d + l - 1, key="k_cmp")
     expected = num_cmp(t, l, d) if cu_seqlens is None else t // d
     if q_start is None and c != expected:
         raise ValueError(
             f"k_cmp: expected c = {expected} compressed tokens for t = {t}, got shape {tuple(k_cmp.shape)}"
         )
+    return where
 
 
 @torch.library.custom_op("nsa_compile::compressed_attention", mutates_args=())

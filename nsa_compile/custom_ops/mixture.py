@@ -50,8 +50,8 @@ def selected_mixture(
     )  # fmt: skip
     check_heads(sizes["n"], sizes["g"])
     check_int("l_sel", l_sel)
-    check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
-    check_block_indices(block_indices, q, k, l_sel=l_sel, q_start=q_start)
+    q_start, cu_seqlens = check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
+    block_indices = check_block_indices(block_indices, q, k, l_sel=l_sel, q_start=q_start)
     runs_triton("selected_mixture", impl, q, v)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, o_cmp, o_win, gates))
     o, _, _ = torch.ops.nsa_compile.selected_mixture(

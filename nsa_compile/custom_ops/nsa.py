@@ -10,7 +10,7 @@ from nsa_compile.custom_ops.dispatch import beside_flash
 from nsa_compile.custom_ops.mixture import selected_mixture
 from nsa_compile.custom_ops.window import window_attention
 from nsa_compile.ops import nsa as reference
-from nsa_compile.ops.checks import check_blocks, check_heads, check_int, check_layout, check_selected
+from nsa_compile.ops.checks import check_blocks, check_heads, check_int, check_layout, check_placement, check_selected
 from nsa_compile.ops.nsa import Branches
 
 
@@ -42,9 +42,9 @@ def nsa_attention(
             l_sel, l <= l_sel.
         n_sel: blocks selected per query, the first `init_blocks` (>= 0) and last `local_blocks` (>= 1) included.
         w: window length in tokens, the query's own counted.
-        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); keys may
-            then be longer buffers, of which nothing after a row's last query is read into a result.
-        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences; tokens after the last one get 0.
+        q_start: int32 or int64 [b] on the device, position of each row's first query (packed: its index in the row);
+            keys may then be longer buffers, of which nothing after a row's last query is read into a result.
+        cu_seqlens: int32 or int64 [N + 1] on the device, for b = 1 packed sequences; tokens after the last one get 0.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference" or "triton" for every branch; "flash" for flash-attn in compressed and window
             attention, and "auto" for the rest.
@@ -65,6 +65,8 @@ def nsa_attention(
     check_blocks(l=l, d=d, l_sel=l_sel)
     check_selected(n_sel=n_sel, init_blocks=init_blocks, local_blocks=local_blocks)
     check_int("w", w)
+    # the branches check more; one cast serves all of them
+    q_start, cu_seqlens = check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=k_slc.shape[1], key="k_slc")
     return reference.nsa_attention(
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, branches=op_branches(impl), l=l, d=d, l_sel=l_sel,
         n_sel=n_sel, w=w, init_blocks=init_blocks, local_blocks=local_blocks,

@@ -15,7 +15,7 @@ from nsa_compile.custom_ops.decode import STEP
 from nsa_compile.custom_ops.transforms import pass_no_gradient
 from nsa_compile.ops import rope as reference
 from nsa_compile.ops.attend import compute_dtype
-from nsa_compile.ops.checks import check_tensor, has_shape
+from nsa_compile.ops.checks import check_number, check_tensor, has_shape
 
 
 def apply_rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
@@ -33,8 +33,11 @@ def apply_rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tenso
     Raises: ValueError for an odd d, shapes that do not fit or positions that are not integers.
     """
     check_tensor("x", x), check_tensor("positions", positions)
+    check_number("theta", theta)
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"x: expected shape [b, t, n, d] with d even, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a float dtype, got {x.dtype}")
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"positions: expected dtype int32 or int64, got {positions.dtype}")
     if not has_shape(positions, *x.shape[:2]) and not has_shape(positions, x.shape[1]):

@@ -34,12 +34,12 @@ def selected_attention(
     Args:
         q: [b, t, n_heads, d_k] float; query head n belongs to group n // (n_heads // g).
         k, v: [b, s, g, d_k], [b, s, g, d_v]; s = t unless `q_start` is given.
-        block_indices: int32 [b, t, g, n_sel] as `select_blocks` gives them: blocks of l_sel tokens of the query's own
-            sequence, no block twice, -1 in unused slots. Carries no gradient.
+        block_indices: int32 or int64 [b, t, g, n_sel] as `select_blocks` gives them: blocks of l_sel tokens of the
+            query's own sequence, no block twice, -1 in unused slots. Carries no gradient.
         l_sel: length of a selection block in tokens.
-        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); the keys
-            may then be a longer buffer.
-        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences.
+        q_start: int32 or int64 [b] on the device, position of each row's first query (packed: its index in the row);
+            the keys may then be a longer buffer.
+        cu_seqlens: int32 or int64 [N + 1] on the device, for b = 1 packed sequences.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference" or "triton".
 
@@ -51,8 +51,8 @@ def selected_attention(
     sizes = check_layout({"q": (q, "b t n d_k"), "k": (k, "b s g d_k"), "v": (v, "b s g d_v")})
     check_heads(sizes["n"], sizes["g"])
     check_int("l_sel", l_sel)
-    check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
-    check_block_indices(block_indices, q, k, l_sel=l_sel, q_start=q_start)
+    q_start, cu_seqlens = check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
+    block_indices = check_block_indices(block_indices, q, k, l_sel=l_sel, q_start=q_start)
     runs_triton("selected_attention", impl, q, v)
     return torch.ops.nsa_compile.selected_attention(
         q, k, v, block_indices, l_sel, q_start, cu_seqlens, default_scale(q, scale), impl

@@ -30,9 +30,9 @@ def window_attention(
         q: [b, t, n_heads, d_k] float; query head n belongs to group n // (n_heads // g).
         k, v: [b, s, g, d_k], [b, s, g, d_v]; s = t unless `q_start` is given.
         w: window length in tokens, the query's own counted.
-        q_start: int32 [b] on the device, position of each row's first query (packed: its index in the row); the keys
-            may then be a longer buffer.
-        cu_seqlens: int32 [N + 1] on the device, for b = 1 packed sequences.
+        q_start: int32 or int64 [b] on the device, position of each row's first query (packed: its index in the row);
+            the keys may then be a longer buffer.
+        cu_seqlens: int32 or int64 [N + 1] on the device, for b = 1 packed sequences.
         scale: factor on q·k, default d_k ** -0.5.
         impl: "auto", "reference", "triton" or "flash".
 
@@ -44,7 +44,7 @@ def window_attention(
     sizes = check_layout({"q": (q, "b t n d_k"), "k": (k, "b s g d_k"), "v": (v, "b s g d_v")})
     check_heads(sizes["n"], sizes["g"])
     check_int("w", w)
-    check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
+    q_start, cu_seqlens = check_key_placement(q, k, q_start=q_start, cu_seqlens=cu_seqlens)
     runs_triton("window_attention", impl, q, v)
     return torch.ops.nsa_compile.window_attention(q, k, v, w, q_start, cu_seqlens, default_scale(q, scale), impl)
 

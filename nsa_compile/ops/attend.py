@@ -10,6 +10,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from nsa_compile.ops.checks import check_number
 from nsa_compile.ops.layout import QueryLayout
 
 KeyIndex = slice | Tensor
@@ -28,6 +29,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def default_scale(q: Tensor, scale: float | None) -> float:
     """`d_k ** -0.5` unless given."""
+    if scale is not None:
+        check_number("scale", scale)
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 

@@ -103,26 +103,49 @@ def check_selected(*, n_sel: int, init_blocks: int, local_blocks: int) -> None:
         )
 
 
-def check_int_tensor(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> None:
-    """Check an int32 index tensor of known shape."""
+def check_number(name: str, value: object) -> None:
+    """Check a number given as a Python int or float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {value if isinstance(value, bool) else type(value).__name__}")
+
+
+def check_int_tensor(name: str, value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return an index tensor, int32 or int64, of known shape as int32, which it may be already."""
     tensor = check_tensor(name, value)
-    if tensor.dtype != torch.int32:
-        raise ValueError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: expected dtype int32 or int64, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
     if not has_shape(tensor, *shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if values_are_visible(tensor) and tensor.dtype == torch.int64 and tensor.numel():
+        low, high = (int(x) for x in tensor.aminmax())
+        if low < -(2**31) or high >= 2**31:
+            raise ValueError(f"{name}: expected values of 32 bits, got {low} … {high}")
+    return tensor.to(torch.int32)
 
 
-def check_placement(q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None, end: int | None, key: str) -> None:
+def check_ints_of(name: str, value: object, *axes: str, sizes: dict[str, int] | None = None) -> Tensor:
+    """Return a tensor of int32 or int64 with the named axes, those in `sizes` of these sizes."""
+    tensor, sizes = check_tensor(name, value), sizes or {}
+    fits = tensor.ndim == len(axes) and all(n == sizes.get(axis, n) for n, axis in zip(tensor.shape, axes, strict=True))
+    if tensor.dtype not in (torch.int32, torch.int64) or not fits:
+        expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+        raise ValueError(f"{name}: expected int32 or int64 [{expected}], got {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
+
+
+def check_placement(
+    q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None, end: int | None, key: str
+) -> tuple[Tensor | None, Tensor | None]:
     """Check where the queries stand: every row's first query has a key, and packed sequences end where the keys do.
 
     `end` is the number of positions that the key tensor named `key` reaches, None if there is no `q_start`. Later
-    queries may run past it: they are a row's padding.
+    queries may run past it: they are a row's padding. Returns `q_start` and `cu_seqlens` as int32.
     """
     b, t = q.shape[:2]
     if q_start is not None:
-        check_int_tensor("q_start", q_start, (b,), q.device)
+        q_start = check_int_tensor("q_start", q_start, (b,), q.device)
         if end is not None and values_are_visible(q_start):
             low, high = (int(x) for x in q_start.aminmax())
             if low < 0 or high >= end:
@@ -130,23 +153,30 @@ def check_placement(q: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | N
                     f"q_start: expected values in 0 … {end - 1} for the length of {key}, got {low} … {high}"
                 )
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, b, t if q_start is None or end is None else end, q.device)
+        cu_seqlens = check_cu_seqlens(cu_seqlens, b, t if q_start is None or end is None else end, q.device)
+    return q_start, cu_seqlens
 
 
-def check_key_placement(q: Tensor, k: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Check where the queries stand against keys k [b, s, g, d_k]: s = t unless `q_start` is given."""
+def check_key_placement(
+    q: Tensor, k: Tensor, *, q_start: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check where the queries stand against keys k [b, s, g, d_k]: s = t unless `q_start` is given.
+
+    Returns `q_start` and `cu_seqlens` as int32.
+    """
     t, s = q.shape[1], k.shape[1]
-    check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=s, key="k")
+    where = check_placement(q, q_start=q_start, cu_seqlens=cu_seqlens, end=s, key="k")
     if q_start is None and s != t:
         raise ValueError(f"k: expected s = t = {t} keys without q_start, got shape {tuple(k.shape)}")
+    return where
 
 
-def check_block_indices(block_indices: object, q: Tensor, k: Tensor, *, l_sel: int, q_start: Tensor | None) -> None:
-    """Check selected blocks int32 [b, t, g, n_sel]: up to the queries' own, none twice, -1 in unused slots."""
+def check_block_indices(block_indices: object, q: Tensor, k: Tensor, *, l_sel: int, q_start: Tensor | None) -> Tensor:
+    """Return selected blocks [b, t, g, n_sel] as int32: up to the queries' own, none twice, -1 in unused slots."""
     tensor = check_tensor("block_indices", block_indices)
     if tensor.ndim != 4 or tensor.shape[-1] == 0:
         raise ValueError(f"block_indices: expected shape [b, t, g, n_sel] with n_sel >= 1, got {tuple(tensor.shape)}")
-    check_int_tensor("block_indices", tensor, (q.shape[0], q.shape[1], k.shape[2], tensor.shape[-1]), q.device)
+    tensor = check_int_tensor("block_indices", tensor, (q.shape[0], q.shape[1], k.shape[2], tensor.shape[-1]), q.device)
     if values_are_visible(tensor):
         tokens = k.shape[1] if q_start is None else max(k.shape[1], int(q_start.max()) + q.shape[1])
         n_blocks = -(-tokens // l_sel)
@@ -156,28 +186,30 @@ def check_block_indices(block_indices: object, q: Tensor, k: Tensor, *, l_sel: i
         blocks = tensor.sort(dim=-1).values
         if bool(((blocks[..., 1:] == blocks[..., :-1]) & (blocks[..., 1:] >= 0)).any()):
             raise ValueError("block_indices: expected no block twice for a query, got duplicates")
+    return tensor
 
 
-def check_cu_seqlens(cu_seqlens: object, b: int, t: int, device: torch.device) -> None:
-    """Check cumulative sequence lengths int32 [N + 1] of one packed row of `t` tokens."""
+def check_cu_seqlens(cu_seqlens: object, b: int, t: int, device: torch.device) -> Tensor:
+    """Return cumulative sequence lengths [N + 1] of one packed row of `t` tokens as int32."""
     tensor = check_tensor("cu_seqlens", cu_seqlens)
     if tensor.ndim != 1 or tensor.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, got {tuple(tensor.shape)}")
-    check_int_tensor("cu_seqlens", tensor, tuple(tensor.shape), device)
+    tensor = check_int_tensor("cu_seqlens", tensor, tuple(tensor.shape), device)
     if b != 1:
         raise ValueError(f"cu_seqlens: expected a batch of 1 packed row, got a batch of {b}")
     if values_are_visible(tensor):
         ends = tensor.tolist()
         if ends[0] != 0 or ends[-1] > t or any(a > z for a, z in pairwise(ends)):
             raise ValueError(f"cu_seqlens: expected to start at 0 and never fall or pass {t} tokens, got {ends}")
+    return tensor
 
 
-def check_lengths(lengths: object, b: int, t: int, device: torch.device) -> None:
-    """Check the lengths int32 [b] of right-padded rows of `t` tokens."""
-    check_int_tensor("lengths", lengths, (b,), device)
-    assert isinstance(lengths, Tensor)
-    if values_are_visible(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
-        raise ValueError(f"lengths: expected 0 <= lengths <= {t}, got {lengths.tolist()}")
+def check_lengths(lengths: object, b: int, t: int, device: torch.device) -> Tensor:
+    """Return the lengths [b] of right-padded rows of `t` tokens as int32."""
+    tensor = check_int_tensor("lengths", lengths, (b,), device)
+    if values_are_visible(tensor) and not 0 <= int(tensor.min()) <= int(tensor.max()) <= t:
+        raise ValueError(f"lengths: expected 0 <= lengths <= {t}, got {tensor.tolist()}")
+    return tensor
 
 
 def values_are_visible(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from nsa_compile.ops.attend import compute_dtype
+from nsa_compile.ops.checks import check_layout, check_number, check_tensor, has_shape
 
 
 def gated_sum(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
@@ -46,6 +47,12 @@ class GateStatistics(NamedTuple):
 
 def gate_statistics(gates: Tensor, valid: Tensor | None = None, *, threshold: float = 0.9) -> GateStatistics:
     """Statistics of gates [b, t, n, 3] over the tokens where `valid` bool [b, t] (default all)."""
+    sizes = check_layout({"gates": (gates, "b t n branches")}, {"branches": 3})
+    if valid is not None and (
+        not has_shape(check_tensor("valid", valid), sizes["b"], sizes["t"]) or valid.dtype != torch.bool
+    ):
+        raise ValueError(f"valid: expected bool [{sizes['b']}, {sizes['t']}], got {valid.dtype} {tuple(valid.shape)}")
+    check_number("threshold", threshold)
     gates = gates.detach().to(compute_dtype(gates))
     weight = (
         gates.new_ones(gates.shape[:3]) if valid is None else valid[..., None].expand(gates.shape[:3]).to(gates.dtype)

@@ -15,6 +15,7 @@ from nsa_compile.ops.attend import (
     probabilities,
     split_heads,
 )
+from nsa_compile.ops.checks import check_blocks, check_int, check_ints_of, check_placement
 from nsa_compile.ops.compression import compressed_view
 from nsa_compile.ops.layout import num_cmp_at, query_chunks, query_layout, visible_slots
 
@@ -193,10 +194,13 @@ def selection_ranges(
 ) -> Tensor:
     """A selection as merged half-open token ranges [start, end): int32 [b, t, g, n_sel, 2], ascending.
 
-    block_indices int32 [b, t, g, n_sel] as `select_blocks` gives them. Neighbouring blocks become one range, which ends
-    at the query's position + 1 at the latest; positions are those of the query's own sequence. Unused slots hold
-    (-1, -1) and stand last.
+    block_indices int32 or int64 [b, t, g, n_sel] as `select_blocks` gives them. Neighbouring blocks become one range,
+    which ends at the query's position + 1 at the latest; positions are those of the query's own sequence. Unused slots
+    hold (-1, -1) and stand last.
     """
+    check_ints_of("block_indices", block_indices, "b", "t", "g", "n_sel")
+    check_int("l_sel", l_sel)
+    q_start, cu_seqlens = check_placement(block_indices, q_start=q_start, cu_seqlens=cu_seqlens, end=None, key="")
     layout = query_layout(block_indices, q_start, cu_seqlens)
     block = block_indices.long()
     used = (block >= 0) & (block * l_sel <= layout.position[..., None, None])
@@ -214,6 +218,8 @@ def range_statistics(
     ranges: Tensor, *, q_start: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> RangeStatistics:
     """Number, lengths and distances of the ranges of each query and group; see `selection_ranges`."""
+    check_ints_of("ranges", ranges, "b", "t", "g", "n_sel", "2", sizes={"2": 2})
+    q_start, cu_seqlens = check_placement(ranges, q_start=q_start, cu_seqlens=cu_seqlens, end=None, key="")
     position = query_layout(ranges, q_start, cu_seqlens).position[..., None, None]
     start, end = ranges.long().unbind(-1)
     used = start >= 0
@@ -239,6 +245,11 @@ def token_reads(position: Tensor, block_indices: Tensor, *, l: int, d: int, l_se
     With S = position + 1 tokens in the cache, nominal is `num_cmp(S) + n_sel*l_sel + min(w, S)`; actual counts the
     tokens of the chosen blocks that exist.
     """
+    check_ints_of("position", position, "b", "t")
+    b, t = position.shape
+    check_ints_of("block_indices", block_indices, "b", "t", "g", "n_sel", sizes={"b": b, "t": t})
+    check_blocks(l=l, d=d, l_sel=l_sel)
+    check_int("w", w)
     S = position + 1
     cmp, win = num_cmp_at(position, l=l, d=d), S.clamp_max(w)
     slc = torch.full_like(S, block_indices.shape[-1] * l_sel)
