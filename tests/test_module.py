@@ -392,7 +392,7 @@ def test_saturated_gates_collapse():
 
 
 def test_statistics_of_gates_by_hand():
-    gates = torch.tensor([[0.95, 0.03, 0.02], [0.5, 0.25, 0.25], [0.2, 0.2, 0.4], [9.0, math.nan, 9.0]]).view(1, 4, 1, 3)
+    gates = torch.tensor([[0.95, 0.03, 0.02], [0.5, 0.25, 0.25], [0.2, 0.2, 0.4], [9, 9, math.nan]]).view(1, 4, 1, 3)
     statistics = gate_statistics(gates, torch.tensor([[True, True, True, False]]))
     shares = torch.tensor([[0.95, 0.03, 0.02], [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]])
     close(statistics.mean, gates[0, :3, 0].mean(0), 1e-6)
