@@ -446,9 +446,7 @@ def test_cache_for_which_there_is_no_memory_is_refused(device, monkeypatch):
     monkeypatch.setattr("nsa_compile.graphs.cache.free_memory", lambda device: size)
     NSACache.for_model(model, 3, 1000)
     monkeypatch.setattr("nsa_compile.graphs.cache.free_memory", lambda device: int(0.9 * size))
-    words = (
-        rf"^capacity: expected a cache within the 0.0 GiB that are free on {device}.*, got 1000 \(a cache of 0.0 GiB"
-    )
+    words = rf"^capacity: expected a cache within the 0.0 GiB that are free on {device}.*, got 1000 \(a cache of 0.0"
     with pytest.raises(ValueError, match=words):
         NSACache.for_model(model, 3, 1000)
     monkeypatch.undo()
