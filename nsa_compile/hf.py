@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from nsa_compile.graphs.cache import NSACache
 from nsa_compile.hf_config import CACHE, NsaConfig
+from nsa_compile.hf_generation import NsaGeneration
 from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import MLPCompressor
 from nsa_compile.ops.checks import check_tensor, values_are_visible
@@ -310,7 +311,7 @@ class NsaModel(NsaPreTrainedModel):
         )
 
 
-class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
+class NsaForCausalLM(NsaGeneration, NsaPreTrainedModel, GenerationMixin):
     """`NSALanguageModel` for transformers: `generate`, `Trainer`, `from_pretrained` and the rest of the library."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -19,6 +19,7 @@ from transformers import (
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.convert.attention import ConvertedAttention, rows_of_call
+from nsa_compile.hf_generation import NsaGeneration
 
 
 class NSALlamaConfig(LlamaConfig):
@@ -91,7 +92,7 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-class NSALlamaForCausalLM(LlamaForCausalLM):
+class NSALlamaForCausalLM(NsaGeneration, LlamaForCausalLM):
     """A Llama model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSALlamaConfig
@@ -101,7 +102,7 @@ class NSALlamaForCausalLM(LlamaForCausalLM):
         put_attention(self)
 
 
-class NSAQwen2ForCausalLM(Qwen2ForCausalLM):
+class NSAQwen2ForCausalLM(NsaGeneration, Qwen2ForCausalLM):
     """A Qwen2 model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAQwen2Config
@@ -111,7 +112,7 @@ class NSAQwen2ForCausalLM(Qwen2ForCausalLM):
         put_attention(self)
 
 
-class NSAQwen3ForCausalLM(Qwen3ForCausalLM):
+class NSAQwen3ForCausalLM(NsaGeneration, Qwen3ForCausalLM):
     """A Qwen3 model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAQwen3Config
@@ -121,7 +122,7 @@ class NSAQwen3ForCausalLM(Qwen3ForCausalLM):
         put_attention(self)
 
 
-class NSAMistralForCausalLM(MistralForCausalLM):
+class NSAMistralForCausalLM(NsaGeneration, MistralForCausalLM):
     """A Mistral model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAMistralConfig
