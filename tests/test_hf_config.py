@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from models import LAYER, draw_ids, make_model
+from test_convert import make_pair
 
-from nsa_compile import NSAConfig
+from nsa_compile import NSAConfig, load_converted
 
 transformers = pytest.importorskip("transformers")
 
@@ -278,3 +279,46 @@ def test_the_packages_own_config_says_what_was_meant():
         NSAConfig(n_select=8)
     with pytest.raises(ValueError, match=r"config: expected that of an NSALanguageModel, got .* model_type 'nsa'"):
         NSAConfig.from_dict(NsaConfig(**SIZES).to_dict())
+
+
+MISPLACED = {
+    "n_sel": (4, r"n_sel: expected settings of NSA within nsa, such as nsa\['n_sel'\], got it beside nsa"),
+    "n_select": (4, r"n_select: .* such as nsa\['n_sel'\]"),
+    "attention_dropout": (0.1, "expected attention_dropout 0"),
+    "sliding_window": (5, "sliding_window: expected none in layer 0"),
+    "rope_parameters": ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "expected RoPE of type default"),
+}
+UNREAD = {"attention": "dense", "rope_theta": 3.0, "n_layers": 1, "vocab_size": 9, "n_select": 8}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_a_converted_model_refuses_what_its_layers_do_not_do(name, tmp_path):
+    make_pair()[1].save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    value, message = MISPLACED[name]
+    (tmp_path / "config.json").write_text(json.dumps(told | {name: value}))
+    for load in (load_converted, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_converted_model_refuses_settings_that_nothing_reads(name, tmp_path):
+    make_pair()[1].save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"nsa": told["nsa"] | {name: UNREAD[name]}}))
+    hint = r" \(did you mean n_sel\?\)" if name == "n_select" else ""
+    with pytest.raises(ValueError, match=f"nsa: expected the names layers, .* got {name}{hint}"):
+        load_converted(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-llama3", "qwen2-sliding", "qwen3", "mistral-sliding"])
+def test_a_converted_model_loads_with_notes_of_others_in_its_config(kind, tmp_path):
+    for layers in (None, [1]):
+        model = make_pair(kind, layers=layers)[1]
+        model.config.unsloth_version = "1"
+        model.config.quantization_note, model.config.architectures = {"a": 1}, ["NSAForCausalLM"]
+        model.save_pretrained(tmp_path / str(layers))
+        loaded = load_converted(tmp_path / str(layers))
+        assert loaded.config.nsa == model.config.nsa and loaded.config.rope_parameters == model.config.rope_parameters
+        assert torch.equal(loaded(draw_ids(1, 30)).logits, model(draw_ids(1, 30)).logits)
