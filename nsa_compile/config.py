@@ -1,7 +1,9 @@
 """Sizes and choices of a model made of Native Sparse Attention, checked where they are written down."""
 
 import dataclasses
+import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -114,8 +116,15 @@ class NSAConfig:
         """The config written by `dataclasses.asdict`; an unknown name or another format version is a ValueError."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
+        if "model_type" in values:
+            raise ValueError(
+                "config: expected that of an NSALanguageModel, got one of transformers of model_type "
+                f"{str(values['model_type'])[:80]!r} (load_converted loads a converted model, "
+                "NsaForCausalLM.from_pretrained one of nsa_compile.hf)"
+            )
         if unknown:
-            raise ValueError(f"config: expected the names {', '.join(sorted(known))}, got {', '.join(unknown)}")
+            told = ", ".join(name_unknown(name, known) for name in unknown)
+            raise ValueError(f"config: expected the names {', '.join(sorted(known))}, got {told}")
         return cls(**values)
 
     def save(self, path: Path) -> None:
@@ -132,3 +141,14 @@ class NSAConfig:
             return cls.from_dict(values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def near_name(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
+    """The known name that is most like another one; None if none is near."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
+def name_unknown(name: str, known: Iterable[str]) -> str:
+    """An unknown name for a message, with the known one that it may stand for."""
+    near = near_name(name, known, cutoff=0.6)
+    return name if near is None else f"{name} (did you mean {near}?)"

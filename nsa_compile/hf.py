@@ -9,88 +9,26 @@ the library's collator passes them: `position_ids` that start anew, or `cu_seq_l
 """
 
 import copy
-import dataclasses
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from nsa_compile.config import NSAConfig
 from nsa_compile.graphs.cache import NSACache, key_dtype
+from nsa_compile.hf_config import CACHE, NsaConfig
+from nsa_compile.hf_generation import NsaGeneration
 from nsa_compile.model import NORM_EPS, LlamaBlockNSA, NSALanguageModel
 from nsa_compile.module import MLPCompressor, impl_of, set_impl
 from nsa_compile.ops.checks import check_tensor, has_shape, values_are_visible
 from nsa_compile.rows import can_look, lay_out
 
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls a cache among a model's arguments and outputs; it was renamed within version 5."""
-FIELDS = tuple(field.name for field in dataclasses.fields(NSAConfig) if field.name != "tie_embeddings")
 ROOM = 128
 """Least capacity of a cache that a model makes by itself; it doubles when it is full."""
-
-
-class NsaConfig(PreTrainedConfig):
-    """`NSAConfig` as a transformers config: the same names and defaults, the library's names as aliases.
-
-    Raises: ValueError or TypeError naming the argument, what was expected and what came.
-    """
-
-    model_type = "nsa"
-    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012 (the library's name for it)
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "dim", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_groups",
-        "num_hidden_layers": "n_layers", "tie_embeddings": "tie_word_embeddings",
-    }  # fmt: skip
-
-    def __init__(
-        self, *, use_cache: bool = True, pad_token_id: int | None = None, bos_token_id: int | None = None,
-        eos_token_id: int | list[int] | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        for alias, name in self.attribute_map.items():
-            if alias in kwargs:
-                kwargs.setdefault(name, kwargs.pop(alias))
-        tied = kwargs.pop("tie_word_embeddings", NSAConfig.tie_embeddings)
-        sizes = NSAConfig(tie_embeddings=tied, **{name: kwargs.pop(name) for name in FIELDS if name in kwargs})
-        for name in FIELDS:
-            setattr(self, name, getattr(sizes, name))
-        self.use_cache = use_cache
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
-        super().__init__(tie_word_embeddings=tied, **kwargs)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._told() == other._told()
-
-    def _told(self) -> dict[str, Any]:
-        return {k: v for k, v in self.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """The library's, but a config of another model is refused."""
-        told, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        kind = told.get("model_type")
-        if kind != cls.model_type:
-            hint = "none: an NSALanguageModel loads by NSALanguageModel.from_pretrained, and from it a model of"
-            hint += " transformers by NsaForCausalLM.from_language_model"
-            raise ValueError(
-                f"pretrained_model_name_or_path: expected a model of type {cls.model_type!r} in "
-                f"{pretrained_model_name_or_path}, got {hint if kind is None else repr(kind)}"
-            )
-        return told, rest
-
-    def sizes(self) -> NSAConfig:
-        """The config of the layers, checked anew."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
-        return NSAConfig(tie_embeddings=self.tie_word_embeddings, **values)
-
-    @classmethod
-    def from_sizes(cls, sizes: NSAConfig, **kwargs: Any) -> Self:
-        """The config of an `NSALanguageModel`; `kwargs` as in `NsaConfig`."""
-        return cls(**dataclasses.asdict(sizes), **kwargs)
 
 
 class NsaCache(Cache):
@@ -376,7 +314,7 @@ class NsaModel(NsaPreTrainedModel):
         )
 
 
-class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
+class NsaForCausalLM(NsaGeneration, NsaPreTrainedModel, GenerationMixin):
     """`NSALanguageModel` for transformers: `generate`, `Trainer`, `from_pretrained` and the rest of the library."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -17,11 +17,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nsa_compile.config import NSAConfig
+from nsa_compile.config import NSAConfig, name_unknown, near_name
 from nsa_compile.convert.attention import ConvertedAttention, rows_of_call
+from nsa_compile.hf_generation import NsaGeneration
 from nsa_compile.module import impl_of, set_impl
 
 IMPL = property(impl_of, set_impl, doc="The implementation that the NSA layers run; see `nsa_compile.set_impl`.")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SETTINGS = (
+    "tie_kv", "l", "d", "l_sel", "n_sel", "w", "init_blocks", "local_blocks", "phi", "gate", "gate_hidden",
+    "gate_temperature", "impl",
+)  # fmt: skip
+"""What `config.nsa` may have beside `layers`: the fields of `NSAConfig` that are not the dense model's to say."""
 
 
 class NSALlamaConfig(LlamaConfig):
@@ -49,19 +56,63 @@ class NSAMistralConfig(MistralConfig):
 
 
 def put_attention(model: Any) -> None:
-    """Put NSA in the place of the attention of layers, as `model.config.nsa` says. Raises ValueError naming it."""
+    """Put NSA in the place of the attention of layers, as `model.config.nsa` says.
+
+    Raises: ValueError naming what is wrong there, or what the config has that NSA does not do.
+    """
     settings = getattr(model.config, "nsa", None)
     if not isinstance(settings, dict) or "layers" not in settings:
         raise ValueError(f"nsa: expected layers and sizes, got {str(settings)[:80]}")
+    refuse_misplaced(model.config)
+    check_dense(model)
     try:
+        unknown = [name_unknown(str(name), SETTINGS) for name in settings if name not in ("layers", *SETTINGS)]
+        if unknown:
+            raise ValueError(f"expected the names layers, {', '.join(SETTINGS)}, got {', '.join(unknown)}")
         layers = check_layers(settings["layers"], len(model.model.layers))
         sizes = attention_sizes(model.config, {name: value for name, value in settings.items() if name != "layers"})
     except (TypeError, ValueError) as error:
         raise ValueError(f"nsa: {error}") from error
     for index in layers:
+        window = sliding_window(model.config, index)
+        if window is not None:
+            raise ValueError(f"sliding_window: expected none in layer {index}, which has nsa['w'], got {window}")
+    for index in layers:
         layer = model.model.layers[index]
         layer.self_attn = ConvertedAttention(layer.self_attn, model.model.rotary_emb, sizes)
     model.model.register_forward_pre_hook(rows_of_call, with_kwargs=True)
+
+
+def refuse_misplaced(config: Any) -> None:
+    """Raise ValueError for a setting of NSA beside `nsa`, or a name like one, where nothing reads it."""
+    dense = type(config)()
+    for name in vars(config):
+        if not hasattr(dense, name) and name != "nsa":
+            near = name if name in SETTINGS else near_name(name, SETTINGS)
+            if near is not None:
+                raise ValueError(
+                    f"{name}: expected settings of NSA within nsa, such as nsa[{near!r}], got it beside nsa"
+                )
+
+
+def check_dense(model: Any) -> None:
+    """Raise ValueError for RoPE or dropout of a dense model that NSA in its place would not do."""
+    rotary, expected = model.model.rotary_emb, head_dim(model.config)
+    if rotary.rope_type not in ROPE_TYPES:
+        raise ValueError(f"model: expected RoPE of type {', '.join(ROPE_TYPES)}, got {rotary.rope_type!r}")
+    turned = 2 * rotary.inv_freq.shape[-1]
+    if turned != expected or (model.config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"model: expected RoPE on all {expected} channels of a head, got it on {turned}")
+    if getattr(model.config, "attention_dropout", 0.0):
+        raise ValueError(f"model: expected attention_dropout 0 (NSA has none), got {model.config.attention_dropout}")
+
+
+def sliding_window(config: Any, index: int) -> int | None:
+    """The dense model's sliding window in a layer, None for full attention."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def check_layers(layers: Any, n: int) -> list[int]:
@@ -94,7 +145,7 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-class NSALlamaForCausalLM(LlamaForCausalLM):
+class NSALlamaForCausalLM(NsaGeneration, LlamaForCausalLM):
     """A Llama model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSALlamaConfig
@@ -105,7 +156,7 @@ class NSALlamaForCausalLM(LlamaForCausalLM):
         put_attention(self)
 
 
-class NSAQwen2ForCausalLM(Qwen2ForCausalLM):
+class NSAQwen2ForCausalLM(NsaGeneration, Qwen2ForCausalLM):
     """A Qwen2 model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAQwen2Config
@@ -116,7 +167,7 @@ class NSAQwen2ForCausalLM(Qwen2ForCausalLM):
         put_attention(self)
 
 
-class NSAQwen3ForCausalLM(Qwen3ForCausalLM):
+class NSAQwen3ForCausalLM(NsaGeneration, Qwen3ForCausalLM):
     """A Qwen3 model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAQwen3Config
@@ -127,7 +178,7 @@ class NSAQwen3ForCausalLM(Qwen3ForCausalLM):
         put_attention(self)
 
 
-class NSAMistralForCausalLM(MistralForCausalLM):
+class NSAMistralForCausalLM(NsaGeneration, MistralForCausalLM):
     """A Mistral model with NSA in the layers that `config.nsa` names."""
 
     config_class = NSAMistralConfig

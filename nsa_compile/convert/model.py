@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from nsa_compile.storage import check_folder, naming, why_not_loaded
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NOT_COPIED = ("config.json", "generation_config.json")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack")
 
@@ -94,19 +93,10 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
     if type(model) not in classes.CONVERTED:
         raise TypeError(f"model: expected one of {known}, got {type(model).__name__}")
     config = model.config
-    n, head_dim = len(model.model.layers), classes.head_dim(config)
+    n = len(model.model.layers)
     chosen = range(n) if layers is None else classes.check_layers(layers, n)
     sizes = classes.attention_sizes(config, settings)
-
-    rope = config.rope_parameters or {}
-    kind = model.model.rotary_emb.rope_type
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"model: expected RoPE of type {', '.join(ROPE_TYPES)}, got {kind!r}")
-    turned = 2 * model.model.rotary_emb.inv_freq.shape[-1]
-    if turned != head_dim or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"model: expected RoPE on all {head_dim} channels of a head, got it on {turned}")
-    if getattr(config, "attention_dropout", 0.0):
-        raise ValueError(f"model: expected attention_dropout 0 (NSA has none), got {config.attention_dropout}")
+    classes.check_dense(model)
     exact = min(sizes.w, sizes.n_sel * sizes.l_sel)
     for index in chosen:
         attention = model.model.layers[index].self_attn
@@ -117,21 +107,13 @@ def check_model(model: Any, layers: Iterable[int] | None, settings: dict[str, An
                     f"model: expected nn.Linear as {name} of layer {index} (convert before quantizing or adding "
                     f"adapters), got {type(projection).__name__}"
                 )
-        window = sliding_window(config, index)
+        window = classes.sliding_window(config, index)
         if window is not None and window < exact:
             raise ValueError(
                 f"w: expected min(w, n_sel*l_sel) of at most {window}, the dense model's sliding window in layer "
                 f"{index}, got {exact}"
             )
     return list(chosen)
-
-
-def sliding_window(config: Any, index: int) -> int | None:
-    """The dense model's sliding window in a layer, None for full attention."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[index] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
 
 
 def forget_sliding_window(config: Any, layers: list[int]) -> None:
