@@ -29,6 +29,7 @@ from nsa_compile.data import load_tokenizer, open_shards
 from nsa_compile.demo import run_demo
 from nsa_compile.generate import generate
 from nsa_compile.graphs.cache import NSACache
+from nsa_compile.hf_command import continue_text, is_of_transformers, read_config, say_converted_cache
 from nsa_compile.launch import SaidElsewhere, rank
 from nsa_compile.model import NSALanguageModel
 from nsa_compile.options import (
@@ -207,9 +208,9 @@ app.command("export")(export_command)
 
 @app.command("generate")
 def generate_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or of one checkpoint in it.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, of a checkpoint, or of a converted model.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Bytes to generate at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Bytes (or tokens) to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Share of probability to draw from, in (0, 1].")] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
@@ -217,9 +218,15 @@ def generate_command(
     dtype: Kind = DType.fp32,
     compile: Compile = False,
 ) -> None:
-    """Continue a prompt with a model that `train` or `demo` left, streaming the text."""
+    """Continue a prompt with a model that `train`, `demo` or `convert` left, streaming the text."""
     console = Console(stderr=True, markup=False, highlight=False)
     target = find_device(device)
+    if is_of_transformers(checkpoint):
+        continue_text(
+            checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            device=target, dtype=DTYPES[dtype.value], compile=compile,
+        )  # fmt: skip
+        return
     model = NSALanguageModel.from_pretrained(
         find_checkpoint(checkpoint) or checkpoint, dtype=DTYPES[dtype.value], device=target
     ).eval()
@@ -281,12 +288,12 @@ def info(
     say_cache(console, config, batch, capacity, dtype)
 
 
-def load_config(checkpoint: Path) -> NSAConfig:
+def load_config(checkpoint: Path) -> Any:
     """The config of a run's newest checkpoint, or of a folder of one. Raises ValueError where there is none."""
     path = (find_checkpoint(checkpoint) or checkpoint) / "config.json"
     if not path.is_file():
         raise ValueError(f"checkpoint: expected a run, a checkpoint or an exported model, got {checkpoint}")
-    return NSAConfig.load(path)
+    return read_config(checkpoint) if is_of_transformers(checkpoint) else NSAConfig.load(path)
 
 
 def advise(device: torch.device, compiler: str | None) -> list[str]:
@@ -340,8 +347,11 @@ def say_flash(console: Console, device: torch.device) -> None:
     console.print(f"flash-attn: {found or 'not installed'}; impl='flash' on {device} {runs}", soft_wrap=True)
 
 
-def say_cache(console: Console, config: NSAConfig, batch: int, capacity: int, dtype: DType) -> None:
+def say_cache(console: Console, config: Any, batch: int, capacity: int, dtype: DType) -> None:
     """A table of the memory that decoding takes, as the config says and with the other kinds of attention."""
+    if not isinstance(config, NSAConfig):
+        say_converted_cache(console, config, batch, capacity, DTYPES[dtype.value])
+        return
     title = (
         f"cache of {batch} x {capacity:,} tokens in {dtype.value}, {config.n_layers} layers, {config.n_kv_groups} "
         f"groups of {config.d_k} + {config.d_v} channels"

@@ -137,12 +137,13 @@ class TextStream:
     def write(self, byte: int | None) -> None:
         """Print what the byte completes."""
         if byte is not None:
-            self._print(self.decoder.decode(bytes([byte])))
+            self.show(self.decoder.decode(bytes([byte])))
 
     def close(self) -> None:
         """Print what is left, and end the line."""
-        self._print(self.decoder.decode(b"", final=True) + "\n")
+        self.show(self.decoder.decode(b"", final=True) + "\n")
 
-    def _print(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Print text."""
         shown = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
         print("".join(shown), end="", flush=True)

@@ -25,6 +25,7 @@ LAYERS = {
     "rows": {"ops"},
     "hf": {"ops", "custom_ops", "config", "graphs", "hf_config", "hf_generation", "module", "model", "rows"},
     "hf_config": {"config"},
+    "hf_command": {"config", "convert", "hf", "ops", "terminal"},
     "hf_generation": set(),
     "generate": {"ops", "custom_ops", "config", "graphs", "module", "model"},
     "checkpoints": {"model", "data", "storage", "sharded", "launch"},
