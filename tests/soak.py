@@ -2,10 +2,11 @@
 
 A pool of requests (prompts of any length, greedy or sampled, with and without a stop token) is decoded by captured
 steps, of one token or with verified drafts, over one cache: at random requests begin, end and are cancelled, prompts go
-through prefill graphs into a cache of one row and from there into theirs, some after tokens that are taken back, and rows
-are reset. A request belongs to a row and is cut into steps as it was in a run over the whole pool at the start, so that
-its logits are the same to the bit: every text is held against the one drawn then, and in the end the whole pool is run
-once more. Memory of the device at the end is what it was at the start, to the byte, and that of the host within 128 MiB.
+through prefill graphs into a cache of one row and from there into theirs, some after tokens that are taken back, and
+rows are reset. A request belongs to a row and is cut into steps as it was in a run over the whole pool at the start, so
+that its logits are the same to the bit: every text is held against the one drawn then, and in the end the whole pool is
+run once more. Memory of the device at the end is what it was at the start, to the byte, and that of the host within
+128 MiB.
 
 Exit code 0 if all of that holds. The record goes to --out and to stdout, a line each for what is wrong to stderr.
 """
@@ -18,6 +19,7 @@ import gc
 import json
 import platform
 import random
+import resource
 import sys
 import time
 from collections import deque
@@ -36,6 +38,8 @@ CONFIG = NSAConfig(
     dim=64, n_heads=4, n_kv_groups=2, d_k=32, d_v=32, l=8, d=4, l_sel=16, n_sel=4, w=24, n_layers=2, vocab_size=VOCAB,
     phi="mlp",
 )  # fmt: skip
+SCALES = {"W_Q": 3.0, "attn.out": 6.0, "head": 3.0}
+"""Weights that are larger than 1 / sqrt(width)."""
 RSS_SLACK = 128 * 2**20
 FAILURES = 20
 """A run ends after so many."""
@@ -67,15 +71,14 @@ class Running:
 
 
 def make_model(device: str, dtype: torch.dtype, seed: int) -> NSALanguageModel:
-    """A model of random weights whose texts are no loops."""
+    """A model of random weights whose next token hangs on its whole past."""
     generator = torch.Generator().manual_seed(seed)
     model = NSALanguageModel(CONFIG)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                scale = 3.0 if name.startswith("head") else 1.0
-                width = 1 if name.startswith("embed") else weight[0].numel()
-                weight.copy_(torch.randn(weight.shape, generator=generator) * scale * width**-0.5)
+                scale = next((x for part, x in SCALES.items() if part in name), 1.0)
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale * weight[0].numel() ** -0.5)
     return model.to(device, dtype).eval()
 
 
@@ -227,7 +230,7 @@ def memory(device: str) -> dict[str, int]:
     return {
         "allocated": torch.cuda.memory_allocated() if cuda else 0,
         "reserved": torch.cuda.memory_reserved() if cuda else 0,
-        "rss": pages * 4096,
+        "rss": pages * resource.getpagesize(),
     }
 
 
