@@ -44,10 +44,11 @@ def draw_family(rng: random.Random, size: str = "gpu") -> dict[str, Any]:
 def draw_case(family: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """Rows of one call, or of several calls of one compiled function; everything else follows from the seed."""
     calls = rng.randint(2, 4) if family["backend"] else 1
+    whole = family["sizes"]["attention"] == "nsa" and not family["backend"]
     return {
         "calls": [draw_rows(family, rng) for _ in range(calls)], "seed": rng.randrange(2**31),
         "sharp": subjects.draw_sharpness(family, rng), "alphabet": subjects.draw_alphabet(rng),
-        "branch": rng.choice((None,) * 9 + ("cmp", "slc", "win")) if family["sizes"]["attention"] == "nsa" else None,
+        "branch": rng.choice((None,) * 9 + ("cmp", "slc", "win")) if whole else None,
         "poison": rng.choice(("none", "nan", "mixed")), "side": rng.choice(("left", "right")),
         "deterministic": rng.random() < 0.25, "isolate": rng.random() < 0.5,
     }  # fmt: skip
@@ -157,9 +158,9 @@ class Twins:
         return compare(name, actual[valid], exact[valid], plain[valid], self.dtype)
 
     def compare_gradients(
-        self, named: dict[str, Tensor | None], scale: float, prefix: str = "", dtype: torch.dtype | None = None
+        self, named: dict[str, Tensor | None], prefix: str = "", dtype: torch.dtype | None = None
     ) -> list[str]:
-        """Three-way failures of the gradients of weights, which the oracles hold `scale` times."""
+        """Three-way failures of the gradients of weights."""
         exact, plain = self.oracles
         wanted = {name: exact.weights[prefix + name].grad for name in named}
         missing = [name for name, grad in named.items() if grad is None and wanted[name] is not None]
@@ -169,9 +170,7 @@ class Twins:
             if grad is not None:
                 want, other = (o.weights[prefix + name].grad for o in (exact, plain))
                 want, other = (torch.zeros_like(grad, dtype=torch.float64) if x is None else x for x in (want, other))
-                failures += compare(
-                    f"gradient of {name}", grad.double() * scale, want, other, dtype or self.dtype, unit
-                )
+                failures += compare(f"gradient of {name}", grad, want, other, dtype or self.dtype, unit)
         return failures
 
 
@@ -181,11 +180,12 @@ def same_choices(one: list[Tensor], other: list[Tensor]) -> list[str]:
     return [] if same else ["a second call with the same inputs chose other blocks"]
 
 
-def same_gradients(model: NSALanguageModel, loss_of: Callable[[], Tensor]) -> list[str]:
+def same_gradients(model: NSALanguageModel, loss_of: Callable[[], Tensor], targets: int) -> list[str]:
     """Failures of a second backward pass of the same loss to give the bits of the first."""
     first = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    loss_of().backward()
+    loss = loss_of()
+    loss.backward(torch.full_like(loss, targets))
     names = [name for name, p in model.named_parameters() if p.grad is not None]
     others = [name for name in names if not draws.same_bits(first[name], dict(model.named_parameters())[name].grad)]
     return [f"deterministic gradients of {', '.join(others)} are others in a second call"] if others else []
@@ -223,9 +223,9 @@ def check_model(
 
     with recorded_choices() as again:
         loss = loss_of(ids, **rows.options)
-        loss.backward()
+        loss.backward(torch.full_like(loss, targets))  # of the sum: those of a mean leave what fp16 can tell apart
     if case["deterministic"]:
-        failures += same_gradients(model, lambda: loss_of(ids, **rows.options))
+        failures += same_gradients(model, lambda: loss_of(ids, **rows.options), targets)
     if case["branch"] is None and not family["backend"]:
         failures += same_choices(chosen, again)
     twins = Twins(model, rows, again)
@@ -234,7 +234,7 @@ def check_model(
         losses.append(next_token_loss(oracle(told, twins.blocks).logits, told, rows.lengths))
         losses[-1].backward()
     failures += compare("loss", loss * targets, losses[0], losses[1], twins.dtype)
-    failures += twins.compare_gradients({name: p.grad for name, p in model.named_parameters()}, targets)
+    failures += twins.compare_gradients({name: p.grad for name, p in model.named_parameters()})
     return failures if torch.equal(ids, kept) else [*failures, "the ids were changed"]
 
 
@@ -273,7 +273,7 @@ def check_layer(
     failures += twins.judge(scores)
     failures += twins.compare("outputs", rows.stack(y), *outputs)
     failures += twins.compare("gradient of x", rows.stack(x.grad), *inputs)
-    failures += twins.compare_gradients({n: p.grad for n, p in layer.named_parameters()}, 1, name)
+    failures += twins.compare_gradients({n: p.grad for n, p in layer.named_parameters()}, name)
     if not draws.same_bits(x.detach(), kept):
         failures.append("the input was changed")
     if case["isolate"] and len(rows.lengths) > 1:
@@ -341,10 +341,10 @@ def check_hf(
         losses = [next_token_loss(answer.logits, texts, rows.lengths) for answer in answers]
         for loss in losses:
             loss.backward()
-        out.loss.backward()
+        out.loss.backward(torch.full_like(out.loss, targets))
         kind = torch.float32 if twins.dtype == torch.float64 else twins.dtype  # the library's loss is fp32
         failures += compare("loss", out.loss * targets, losses[0], losses[1], kind)
         named = ((name.removeprefix("model."), p.grad) for name, p in hf.named_parameters())
         names = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
-        failures += twins.compare_gradients({names.get(name, name): grad for name, grad in named}, targets, dtype=kind)
+        failures += twins.compare_gradients({names.get(name, name): grad for name, grad in named}, dtype=kind)
     return failures

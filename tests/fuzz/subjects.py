@@ -10,6 +10,7 @@ from typing import Any
 
 import draws
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from nsa_compile import NSAConfig, NSALanguageModel
@@ -63,7 +64,8 @@ def draw_length(family: Mapping[str, Any], rows: int, rng: random.Random) -> int
 
 @lru_cache(maxsize=1)
 def _build(family: str, device: str) -> NSALanguageModel:
-    torch._dynamo.reset()  # what was compiled for the family before
+    compiled.cache_clear()  # what was compiled for the family before
+    torch._dynamo.reset()
     told = json.loads(family)
     config = NSAConfig(**told["sizes"], impl=told["impl"])
     return NSALanguageModel(config).to(device, DTYPES[told["dtype"]])
@@ -78,7 +80,9 @@ def build(family: Mapping[str, Any], device: str, seed: int, sharp: float) -> NS
 
 @lru_cache(maxsize=8)
 def compiled(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """`torch.compile` of a model or a method of one, made once."""
+    """`torch.compile` of a model or a method of one, made once, for any number of kinds of calls."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._inductor.config.compile_threads = 1
     return torch.compile(call, fullgraph=True, backend=backend)
 
 

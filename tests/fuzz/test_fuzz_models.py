@@ -41,8 +41,8 @@ def test_a_drawn_layer_in_the_interpreter():
     assert list(failures("models", 1, "interpreter", 1, part="layer", layout="packed", isolate=False)) == []
 
 
-def test_lengths_of_a_compiled_model_one_after_another():
-    assert list(failures("models", 5, part="model", layout="whole", backend="aot_eager", cases=1)) == []
+def test_lengths_of_a_compiled_layer_one_after_another():
+    assert list(failures("models", 5, part="layer", layout="lengths", backend="aot_eager", cases=1)) == []
 
 
 # --- planted errors ---------------------------------------------------------------------------------------------------
