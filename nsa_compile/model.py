@@ -1,12 +1,13 @@
 """LlamaBlockNSA and NSALanguageModel: a language model of Native Sparse Attention, or dense for comparison."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -243,7 +244,7 @@ class NSALanguageModel(nn.Module):
 
         Raises: ValueError for a folder without such a model, or weights that do not fit the config.
         """
-        from nsa_compile.sharded import load_sharded  # takes a moment
+        from nsa_compile.sharded import count_sharded, load_sharded  # takes a moment
 
         folder = Path(folder)
         weights, shards = folder / "model.safetensors", folder / METADATA_FILE
@@ -252,8 +253,14 @@ class NSALanguageModel(nn.Module):
                 raise ValueError(
                     f"folder: expected one with {path.name} as save_pretrained writes it, or a checkpoint, got {folder}"
                 )
-        model = cls(NSAConfig.load(folder / "config.json"))
+        config = NSAConfig.load(folder / "config.json")
         try:
+            found = count_elements(weights) if weights.is_file() else count_sharded(folder)
+            with torch.device("meta"):  # a config of a model that no memory holds is refused before it is made
+                n = sum(p.numel() for p in cls(config).parameters())
+            if n > found:
+                raise ValueError(f"{found:,} elements for {n:,} parameters")
+            model = cls(config)
             if weights.is_file():
                 load_model(model, str(weights))
             else:
@@ -263,6 +270,12 @@ class NSALanguageModel(nn.Module):
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"folder: expected weights that fit {folder / 'config.json'}, got {error}") from error
         return model.to(device=device, dtype=dtype)
+
+
+def count_elements(path: Path) -> int:
+    """Elements of all tensors in a file of safetensors, by its header."""
+    with safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def check_ids(ids: object, vocab_size: int) -> None:

@@ -58,6 +58,12 @@ def load_sharded(state: dict[str, Any], folder: Path, group: dist.ProcessGroup |
         dcp.load(state, storage_reader=reader, planner=Planner(), process_group=group, no_dist=group is None)
 
 
+def count_sharded(folder: Path) -> int:
+    """Elements of all tensors in a checkpoint, a tensor with two names twice. Raises as `load_sharded`."""
+    saved = Reader(folder).found.state_dict_metadata.values()
+    return sum(math.prod(x.size) for x in saved if isinstance(x, TensorStorageMetadata))
+
+
 class Reader(FileSystemReader):
     """torch's reader of the files in a folder, but for `.metadata`, which is read at once."""
 

@@ -64,6 +64,20 @@ def test_a_run_file_of_something_else(content, copied, text):
     one_line_error(run("train", "--resume", "--text", text, "--out", folder, "--steps", 3, *TINY), "resume: expected")
 
 
+@pytest.mark.parametrize("content", ["{}", '{"dim": 100000000}', '{"dim": 10000000000000}'])
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_config_of_a_model_that_memory_does_not_hold(content, exported, copied, tmp_path):
+    """Refused by what the files of weights hold, before it is made; {} is the paper's sizes."""
+    folder = copied[1]
+    if exported:
+        folder = tmp_path / "model"
+        NSALanguageModel.from_pretrained(copied[1]).save_pretrained(folder)
+    (folder / "config.json").write_text(content)
+    for arguments in (("generate", folder, "--prompt", "a"), ("export", folder, tmp_path / "out")):
+        one_line_error(run(*arguments), f"folder: expected weights that fit {folder / 'config.json'}, got")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", ["x}\n", "{}\n", "[]}\n", '{"step": "a"}\n'])
 def test_metrics_of_something_else(content, copied, text):
     folder = copied[0]
