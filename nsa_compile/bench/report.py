@@ -80,7 +80,7 @@ def git_state() -> tuple[str | None, bool | None]:
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
+        command = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]  # status would write the index
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
