@@ -156,7 +156,7 @@ def test_a_row_of_a_cache_leaves_the_others_alone(impl, t):
         return torch.cat([layer(x, cache=cache) for x in (prompt, *steps.split(t, 1))], 1)
 
     clean = decode(prompt, steps)
-    for value, at in [(NAN, 1), (INF, 0), (NAN, 0), (-INF, 1)][: 2 if is_interpreted(impl) else 4]:
+    for value, at in [(NAN, 1), (INF, 0), (NAN, 0), (-INF, 1)][: 1 if is_interpreted(impl) else 4]:
         inputs = [prompt.clone(), steps.clone()]
         inputs[at][1, 1:] = value
         got = decode(*inputs)
