@@ -398,7 +398,7 @@ def test_what_is_no_cache_is_refused():
         ("gradients", "cache: expected a call without gradients"),
         ("packed", "cu_seqlens: expected None together with cache, got both"),
         ("lengths", "lengths: expected 0 <= lengths <= 3"),
-        ("lengths-type", "lengths: expected dtype torch.int32, got torch.int64"),
+        ("lengths-type", "lengths: expected dtype int32 or int64, got torch.float32"),
         ("attn_mask", "attn_mask: expected None"),
         ("branch", "branch: expected None"),
     ],
@@ -413,7 +413,7 @@ def test_call_that_does_not_fit_writes_nothing(attention, case, message):
     arguments = {
         "packed": {"cu_seqlens": int32(0, 3)},
         "lengths": {"lengths": int32(1, 4)},
-        "lengths-type": {"lengths": torch.tensor([1, 1])},
+        "lengths-type": {"lengths": torch.tensor([1.0, 1.0])},
         "attn_mask": {"attn_mask": torch.ones(3, 3)},
         "branch": {"branch": "all"},
     }.get(case, {})

@@ -235,7 +235,8 @@ BAD = {
     "ends-rows": ({"cu_seq_lens_q": ENDS}, ValueError, "cu_seq_lens_q: expected a batch of 1 packed row"),
     "ends-list": ({"input_ids": ONES[:1], "cu_seq_lens_q": [0, 5, 12]}, TypeError, "cu_seq_lens_q: expected a torch"),
     "ends-float": (
-        {"input_ids": ONES[:1], "cu_seq_lens_q": ENDS.float()}, ValueError, r"cu_seq_lens_q: expected integers \[N",
+        {"input_ids": ONES[:1], "cu_seq_lens_q": ENDS.float()}, ValueError,
+        r"cu_seq_lens_q: expected int32 or int64 \[N",
     ),
     "ids-values": ({"input_ids": ONES * 31}, ValueError, r"input_ids: expected values in 0 … 30, got 31 … 31"),
     "ids-shape": ({"input_ids": ONES[0]}, ValueError, r"input_ids: expected shape \[b, t\]"),

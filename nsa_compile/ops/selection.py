@@ -248,7 +248,8 @@ def token_reads(position: Tensor, block_indices: Tensor, *, l: int, d: int, l_se
     check_ints_of("position", position, "b", "t")
     b, t = position.shape
     check_ints_of("block_indices", block_indices, "b", "t", "g", "n_sel", sizes={"b": b, "t": t})
-    check_blocks(l=l, d=d, l_sel=l_sel)
+    check_blocks(l=l, d=d)
+    check_int("l_sel", l_sel)
     check_int("w", w)
     S = position + 1
     cmp, win = num_cmp_at(position, l=l, d=d), S.clamp_max(w)
