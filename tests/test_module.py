@@ -490,12 +490,10 @@ def test_loss_is_the_mean_cross_entropy_of_next_tokens(attention):
     close(model.loss(ids[:1], cu_seqlens=int32(*bounds)), manual_loss(model, pieces))
 
 
-def test_loss_without_a_target_is_zero():
+def test_loss_without_a_target_is_refused():
     model, ids = make_model(), draw_ids(2, T)
-    loss = model.loss(ids, lengths=int32(1, 0))
-    loss.backward()
-    assert loss == 0
-    assert all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
+    with pytest.raises(ValueError, match="ids: expected a sequence of at least 2 tokens"):
+        model.loss(ids, lengths=int32(1, 0))
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_kv_groups": 6}, {"n_kv_groups": 1}], ids=["gqa", "mha", "mqa"])
