@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from nsa_compile.ops.attend import finite
 from nsa_compile.ops.layout import query_layout, sequence_of, visible_slots
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -110,10 +111,7 @@ def pick_version(
     if not installed():
         return Pick(0, f"neither {PACKAGES[4]} nor {PACKAGES[2]} is installed (pip install 'nsa-compile[flash]')")
     if q_start is not None:
-        return Pick(
-            0,
-            "flash-attn takes no q_start: its queries end with the keys",
-        )
+        return Pick(0, "flash-attn takes no q_start: its queries end with the keys")
     if q.shape[0] > GRID or q.shape[2] * fold > GRID:
         return Pick(0, f"flash-attn takes up to {GRID} rows and heads, not {q.shape[0]} and {q.shape[2] * fold}")
     reasons, shared = [], q.shape[2] * fold > v.shape[2]
@@ -373,11 +371,6 @@ def reached_keys(broken: Tensor, g: int, window: int | None, ends: Tensor | None
     if window is not None:
         stop = torch.minimum(stop, key + window)
     return before[:, stop] > before[:, :-1]
-
-
-def finite(x: Tensor) -> Tensor:
-    """x with 0 for NaN and infinity."""
-    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def used_part(x: Tensor, ends: Tensor) -> Tensor:

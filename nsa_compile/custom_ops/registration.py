@@ -21,8 +21,7 @@ def empty_contiguous(*like: Tensor) -> tuple[Tensor, ...]:
 
 
 def attach_gradient(op: Any, backward: Any) -> None:
-    """Make `op(q, k, v, ...) -> (o, lse)` differentiable by the op
-    `backward(grad_o, grad_lse, o, lse, q, k, v, ...)`.
+    """Make `op(q, k, v, ...) -> (o, lse)` differentiable by `backward(grad_o, grad_lse, o, lse, q, k, v, ...)`, an op.
 
     An unused LSE reaches the backward op as `grad_lse = None`, not as zeros.
     """

@@ -182,7 +182,11 @@ def check_memory(
 
     Nothing is allocated. Other arguments and errors as those of `NSACache.for_model`.
     """
-    parts = _parts(model, batch, capacity, dtype, device)
+    _check_parts(_parts(model, batch, capacity, dtype, device), batch, argument or ("capacity", capacity))
+
+
+def _check_parts(parts: list[_Part], batch: int, argument: tuple[str, int]) -> None:
+    """`check_memory` of what `_parts` found."""
     if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # sizes that nothing is allocated for
         return
     needed: Counter[torch.device] = Counter()
@@ -192,7 +196,7 @@ def check_memory(
     for place, size in needed.items():
         free = free_memory(place)
         if free is not None and size > free:
-            name, value = argument or ("capacity", capacity)
+            name, value = argument
             raise ValueError(
                 f"{name}: expected a cache within the {free / 2**30:.1f} GiB that are free on {place}, "
                 f"got {value} (a cache of {size / 2**30:.1f} GiB)"
@@ -233,8 +237,8 @@ class NSACache:
         Raises: ValueError or TypeError for sizes below 1, a cache for which there is no memory (nothing is allocated
             then), a model without attention layers, or a type that is no float.
         """
-        check_memory(model, batch, capacity, dtype=dtype, device=device)
         parts = _parts(model, batch, capacity, dtype, device)
+        _check_parts(parts, batch, ("capacity", capacity))
         with torch.inference_mode(False):
             layers = [LayerCache(x.layout, x.g, batch, capacity, x.dtype, x.device) for x in parts]
         cache = cls([x.module for x in parts], layers, batch, capacity)

@@ -208,7 +208,8 @@ class DecodeGraph:
         for row in full:
             self._active[row : row + 1].fill_(False)
             del self._rows[row]
-        for row, state in full.items():
+        if full:
+            row, state = next(iter(full.items()))
             raise ValueError(
                 f"row: expected all tokens that row {row} held when it started to be counted by the cache's reserve, "
                 f"got one that came to the capacity of {self.cache.capacity} with {state.left} tokens left to draw"

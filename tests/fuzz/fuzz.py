@@ -103,7 +103,7 @@ def is_broken(device: str) -> bool:
         if torch.cuda.memory_reserved() > 4 * 2**30:  # others want memory, too
             release_memory()
         return False
-    except Exception:
+    except RuntimeError:
         return True
 
 
@@ -116,6 +116,8 @@ def work(device: str) -> None:
         start = time.monotonic()
         failures = check(json.loads(line), device)
         broken = is_broken(device)
+        if broken and not failures:
+            failures = ["left the device broken"]
         answer = {"failures": failures, "seconds": round(time.monotonic() - start, 3), "broken": broken}
         answers.write(json.dumps(answer) + "\n")
         if broken:

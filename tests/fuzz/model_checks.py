@@ -167,11 +167,7 @@ class Twins:
         failures = [f"gradient of {name}: none" for name in missing]
         unit = 0.05 * max(float(rms(grad)) for grad in wanted.values() if grad is not None)
         for name, grad in named.items():
-            # torch adds the gradients of an embedding's row in their own type, whose rounding is not ours to judge
-            coarse = (
-                name.endswith("embed.weight") and grad is not None and grad.dtype in (torch.float16, torch.bfloat16)
-            )
-            if grad is not None and not coarse:
+            if grad is not None:
                 want, other = (o.weights[prefix + name].grad for o in (exact, plain))
                 want, other = (torch.zeros_like(grad, dtype=torch.float64) if x is None else x for x in (want, other))
                 failures += compare(f"gradient of {name}", grad, want, other, dtype or self.dtype, unit)

@@ -141,7 +141,9 @@ class Oracle:
 
     def __call__(self, ids: Tensor, blocks: Sequence[Tensor] | None = None, branch: str | None = None) -> Answer:
         """Logits for rows of ids [r, t]; with the blocks [r, t, g, n_sel] of each layer, or its own."""
-        x, scores, used = self.weight("embed.weight")[ids], [], []
+        # torch adds the gradients of a row that is read often in the type of the weights
+        x = torch.nn.functional.embedding(ids, self.weights["embed.weight"].to(self.stored)).to(self.compute)
+        scores, used = [], []
         for i in range(self.config["n_layers"]):
             name, given = f"layers.{i}.", None if not blocks else blocks[i]
             y, *choice = self.attention(self.norm(x, f"{name}norm_attn"), f"{name}attn.", given, branch)
